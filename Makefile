@@ -1,0 +1,71 @@
+# Everything goes through `.venv`, which is made at the first need and kept until
+# pyproject.toml or constraints.txt change. Works with GNU make 3.81 (macOS) and newer.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+BENCH := .bench-venv
+BENCH_READY := $(BENCH)/.installed
+SITE := _build/html
+JOBS ?= 2
+
+unexport IN_TEST           # under it, nbdev exports nothing and says nothing
+
+.PHONY: help install test book bench export run-notebooks check-notebooks records tables clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-22s %s\n", $$1, $$2}'
+
+$(BIN)/uv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; $(PYTHON) is older. Try: make PYTHON=python3.12"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+
+$(READY): pyproject.toml constraints.txt | $(BIN)/uv
+	$(BIN)/uv pip install --python $(BIN)/python -c constraints.txt -e ".[dev]"
+	@touch $@
+
+install: $(READY)  ## make .venv, with everything that is needed
+
+test: $(READY)  ## re-run all notebooks, compare their outputs, run the tests
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+export: $(READY)  ## write nbutils/ from the notebooks
+	$(BIN)/nbdev-export
+	@rm -f nbutils/_modidx.py
+
+run-notebooks: export  ## export, then run all notebooks in order and store their outputs
+	$(BIN)/python tools/nb.py run
+
+check-notebooks: $(READY)  ## check what the notebooks store, without running them
+	$(BIN)/python tools/nb.py check
+
+records: $(READY)  ## write book/runs.md from book/records
+	$(BIN)/python tools/records_page.py
+
+tables: $(READY)  ## bring README's tables up to the records
+	$(BIN)/python tools/readme_tables.py
+
+book: export records  ## build the book; warnings are errors
+	$(BIN)/jupyter-book build . --all -W -n --keep-going
+	@rm -rf $(SITE)/records
+	cp -R book/records $(SITE)/records
+	$(BIN)/python tools/check_site.py $(SITE)
+	@echo
+	@echo "The book: file://$(CURDIR)/$(SITE)/index.html"
+
+$(BENCH_READY): bench/requirements.txt pyproject.toml | $(BIN)/uv
+	test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
+	$(BIN)/uv pip install --python $(BENCH)/bin/python -r bench/requirements.txt -e .
+	@touch $@
+
+bench: $(BENCH_READY)  ## measure our loop against others (installs them in .bench-venv)
+	$(BENCH)/bin/python bench/bench.py $(ARGS)
+
+clean:  ## remove what was built; environments and data stay
+	rm -rf _build .pytest_cache book/runs.md
+	find nbs nbutils tests tools book -name __pycache__ -prune -exec rm -rf {} +
+	find nbs -name .ipynb_checkpoints -prune -exec rm -rf {} +

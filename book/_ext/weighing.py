@@ -1,0 +1,110 @@
+"""What this book needs from Sphinx beyond its configuration.
+
+1. Notebook pages do not show nbdev's directives. `#| default_exp`, `#| export` and `#| hide`
+   are taken out of the source as it is read; an exported cell gets the class `tag_exported`, by
+   which custom.css flags it; a hidden cell is removed; a cell that held nothing else is dropped.
+2. In docstrings `x` is code and |x| an absolute value, as in the chapters' Markdown.
+3. The API pages are nitpicky about our own names only. A type in a docstring that is torch's or
+   Python's links to its documentation where the address is known, and is plain text elsewhere.
+"""
+import json
+import re
+
+from docutils import nodes
+
+DIRECTIVE = re.compile(r"^\s*#\|\s*(default_exp|export|exporti|exports|hide)\b.*$")
+EXPORTED = {"export", "exporti", "exports"}
+
+
+def plain_cell(cell):
+    """Return a code cell without its directives, or None if nothing else is in it."""
+    kept, found = [], set()
+    for line in "".join(cell["source"]).split("\n"):
+        match = DIRECTIVE.match(line)
+        if match:
+            found.add(match.group(1))
+        else:
+            kept.append(line)
+    if not found:
+        return cell
+    source = "\n".join(kept).strip("\n")
+    if not source.strip() and not cell.get("outputs"):
+        return None
+    tags = list(cell["metadata"].get("tags", []))
+    if found & EXPORTED:
+        tags.append("exported")
+    if "hide" in found:
+        tags.append("remove-cell")
+    return {**cell, "source": source, "metadata": {**cell["metadata"], "tags": tags}}
+
+
+def read_notebook(app, docname, content):
+    """Sphinx's source-read: change a notebook's JSON before MyST-NB parses it."""
+    if not str(app.env.doc2path(docname)).endswith(".ipynb"):
+        return
+    notebook = json.loads(content[0])
+    cells = (plain_cell(c) if c["cell_type"] == "code" else c for c in notebook["cells"])
+    notebook["cells"] = [c for c in cells if c is not None]
+    content[0] = json.dumps(notebook)
+
+
+CODE = re.compile(r"(:[\w:]+:`[^`]*`|``.+?``|`[^`]+`_{0,2})")
+
+
+def plain_markup(app, what, name, obj, options, lines):
+    """Autodoc's docstring hook: `x` is code as in Markdown, |x| and (a, *, b) mean themselves."""
+    for number, line in enumerate(lines):
+        parts = CODE.split(line)
+        parts[::2] = [re.sub(r"(?<!\\)(\||\*(?=,))", r"\\\1", part) for part in parts[::2]]
+        parts[1::2] = [f"`{part}`" if re.fullmatch(r"`[^`]+`", part) else part for part in parts[1::2]]
+        lines[number] = "".join(parts)
+
+
+def address(target):
+    """The documentation's address of a torch name, if we know how it is built; else None."""
+    parts = target.split(".")
+    if parts[0] != "torch" or len(parts) < 2:
+        return None
+    base = "https://docs.pytorch.org/docs/stable/"
+    if target in ("torch.Tensor", "torch.device", "torch.dtype"):
+        page = "tensors.html" if target == "torch.Tensor" else "tensor_attributes.html"
+        return f"{base}{page}#{target}"
+    if parts[1] in ("nn", "optim") and len(parts) >= 3 and parts[-1][0].isupper():
+        return f"{base}generated/{target}.html"
+    if target == "torch.Generator":
+        return f"{base}generated/torch.Generator.html"
+    return None
+
+
+def ours(env, target):
+    """Find a name of nbutils that was written without its module; None unless there is one."""
+    objects = env.get_domain("py").objects
+    found = [name for name in objects if name.startswith("nbutils.") and name.endswith("." + target)]
+    shortest = [name for name in found if name.count(".") == 2] or found
+    return (shortest[0], objects[shortest[0]]) if len(shortest) == 1 else None
+
+
+def resolve(app, env, node, contnode):
+    """Sphinx's missing-reference: settle what the Python domain did not find."""
+    if node.get("refdomain") != "py":
+        return None
+    target = node.get("reftarget", "").lstrip("~.")
+    match = ours(env, target)
+    if match:
+        name, entry = match
+        place = app.builder.get_relative_uri(node["refdoc"], entry.docname)
+        return nodes.reference("", "", contnode, internal=True, reftitle=name,
+                               refuri=f"{place}#{entry.node_id}")
+    if target.split(".")[0] == "nbutils":
+        return None  # ours, and not there: a warning, which is an error
+    known = address(target)
+    if known:
+        return nodes.reference("", "", contnode, internal=False, refuri=known)
+    return contnode
+
+
+def setup(app):
+    app.connect("source-read", read_notebook)
+    app.connect("autodoc-process-docstring", plain_markup)
+    app.connect("missing-reference", resolve)
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

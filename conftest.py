@@ -1,0 +1,75 @@
+"""What pytest needs to know about the notebooks.
+
+It stands in the root, because hooks of tests/conftest.py would not see what runs in nbs/.
+"""
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import nb  # noqa: E402  (tools/nb.py)
+
+CUDA = "CUDA_VISIBLE_DEVICES"
+SLOWER = "NBUTILS_SLOWER"  # 3 on a machine that needs three times as long as two busy cores
+
+for _name in nb.UNSET_ENV:
+    os.environ.pop(_name, None)
+# Tests may use a graphics processor; notebooks may not (see pytest_configure).
+os.environ.update({name: value for name, value in nb.KERNEL_ENV.items() if name != CUDA})
+
+
+def budget_seconds():
+    return nb.BUDGET_SECONDS * float(os.environ.get(SLOWER) or 1)
+
+
+class NotebookBudget:
+    """Adds up the seconds of each notebook's cells; the cell that crosses the budget fails."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+        self.spent = {}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item):
+        start = time.perf_counter()
+        result = yield
+        if hasattr(item, "raise_cell_error"):
+            self.add(item, time.perf_counter() - start)
+        return result
+
+    def add(self, item, seconds):
+        cells = self.spent.setdefault(item.path, [])
+        before = sum(s for s, _ in cells)
+        cells.append((seconds, item.name))
+        if before <= self.seconds < before + seconds:
+            slowest = ", ".join(f"{name} {s:.1f} s" for s, name in sorted(cells)[:-4:-1])
+            item.raise_cell_error(
+                f"{item.path.name} has taken {before + seconds:.1f} s and may take "
+                f"{self.seconds:g} s (slowest so far: {slowest}); make it shorter, or set "
+                f"{SLOWER}=2 on a machine that is slow or busy")
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(NotebookBudget(budget_seconds()), "notebook-budget")
+    if not (config.option.nbval or config.option.nbval_lax):
+        return
+    from nbval.plugin import IPyNbFile
+
+    start_kernel = IPyNbFile.setup
+
+    def setup(self):
+        """Start the kernel where it sees no graphics processor, as tools/nb.py does."""
+        seen = os.environ.get(CUDA)
+        os.environ[CUDA] = nb.KERNEL_ENV[CUDA]
+        try:
+            start_kernel(self)
+        finally:
+            os.environ.pop(CUDA) if seen is None else os.environ.update({CUDA: seen})
+
+    IPyNbFile.setup = setup
+    config.add_cleanup(lambda: setattr(IPyNbFile, "setup", start_kernel))

@@ -1,0 +1,67 @@
+#!/usr/bin/env python
+"""Check the built site: every local link, anchor, image and script exists, every image has alt text.
+
+    python tools/check_site.py _build/html
+
+Sphinx checks the links that it makes; this also sees those in notebooks' HTML outputs, such as
+the links from tables to the runs behind them.
+"""
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+SKIP_FOLDERS = {"_static", "_sphinx_design_static", "_modules", "_sources"}
+
+
+class Page(HTMLParser):
+    """Collects a page's anchors, what it refers to, and images without alt text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.anchors, self.targets, self.mute = set(), [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        a = dict(attributes)
+        self.anchors.update(v for v in (a.get("id"), a.get("name")) if v)
+        for key in ("href", "src"):
+            if a.get(key):
+                self.targets.append(a[key])
+        if tag == "img" and "alt" not in a:
+            self.mute.append(a.get("src", "")[:60])
+
+
+def problems(site):
+    pages = {p.resolve(): Page(p.read_text(encoding="utf-8")) for p in sorted(site.rglob("*.html"))
+             if not SKIP_FOLDERS.intersection(p.relative_to(site).parts)}
+    for path, page in pages.items():
+        name = path.relative_to(site.resolve())
+        for source in page.mute:
+            yield f"{name}: an image without alt text: {source}"
+        for target in sorted(set(page.targets)):
+            parts = urlsplit(target)
+            if parts.scheme or parts.netloc or target.startswith("data:"):
+                continue
+            place = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            if place.is_dir():
+                place /= "index.html"
+            if not place.is_file():
+                yield f"{name}: {target} does not exist"
+            elif parts.fragment and place in pages and name.name != "genindex.html" \
+                    and unquote(parts.fragment) not in pages[place].anchors:
+                yield f"{name}: {target}: the page has no such anchor"
+
+
+def main():
+    site = Path(sys.argv[1] if len(sys.argv) > 1 else "_build/html")
+    if not (site / "index.html").is_file():
+        print(f"{site}/index.html does not exist: run `make book`")
+        return 1
+    found = list(problems(site))
+    print("\n".join(found) or f"{site}: every local link, anchor and image is there")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
