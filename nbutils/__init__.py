@@ -12,7 +12,38 @@ import importlib
 __version__ = "0.1.0"
 
 _NAMES = {
-    "core": "COLORS Picture Timing check_close default_device plot_style seed_everything show synchronize time_it unknown",
+    "core": (
+        "check_close COLORS default_device Picture plot_style seed_everything "
+        "show synchronize time_it Timing unknown"
+    ),
+    "files": "cached ChecksumError data_home download DownloadError members verify",
+    "records": (
+        "Cell code_state config_hash describe_device Interval mean_interval "
+        "read_record read_records Record Table table versions write_record"
+    ),
+    "optimizer": (
+        "check_same_path l2 NonFiniteError Optimizer REQUIRED sgd_step stepper "
+        "weight_decay"
+    ),
+    "momentum": "SGD",
+    "adam": "Adam adam_step AdamW decay_weights_ moments",
+    "data": (
+        "Batches CIFAR10_MEAN CIFAR10_STD CIFAR10_URLS Images load_cifar10 "
+        "load_digits mean_std normalize pad_crop_flip"
+    ),
+    "schedule": (
+        "constant cosine lr_range_test one_cycle one_cycle_held Phases phases "
+        "plot_schedules RangeTest Schedule step_decay values"
+    ),
+    "learner": (
+        "accuracy best_precision Callback HOOKS Learner NonFiniteLoss PRECISIONS "
+        "Progress tta"
+    ),
+    "wide_resnet": "Block GAMMAS wide_resnet_22 WideResNet",
+    "experiment": (
+        "CellBusy Checkpoint Config get_task records_folder register Reseed run "
+        "runs_folder SIZES Task TASKS thin"
+    ),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = sorted(_HOME)

@@ -44,7 +44,7 @@ def adam_step(p, g, state, *, lr, betas=(0.9, 0.999), eps=1e-8):
 Adam = optimizer(
     "Adam", l2, weight_decay, moments, adam_step,
     lr=1e-3, betas=(0.9, 0.999), eps=1e-8, l2=0.0, weight_decay=0.0,
-    doc="""Adam with L2 regularization (Kingma & Ba 2015), equal to `torch.optim.Adam`.
+    doc="""Adam with L2 regularization (Kingma & Ba 2015), as torch's Adam.
 
     Parameters
     ----------
@@ -70,7 +70,7 @@ Adam = optimizer(
 AdamW = optimizer(
     "AdamW", weight_decay, moments, adam_step,
     lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01,
-    doc="""Adam with decoupled weight decay (Loshchilov & Hutter 2019), as `torch.optim.AdamW`.
+    doc="""Adam with decoupled decay (Loshchilov & Hutter 2019), as torch's AdamW.
 
     Parameters
     ----------
@@ -113,16 +113,17 @@ def decay_weights_(optimizer, weight_decay):
         If given neither an optimizer nor its groups.
     """
     if not 0 <= weight_decay < float("inf"):
-        raise ValueError(f"weight_decay={weight_decay!r} must be finite and not negative")
+        raise ValueError(f"weight_decay={weight_decay!r} must be finite, not negative")
     groups = list(getattr(optimizer, "param_groups", optimizer))
     for i, group in enumerate(groups):
         if not isinstance(group, dict) or "lr" not in group:
-            raise TypeError("decay_weights_ takes an optimizer or its param_groups; item "
-                            f"{i} is a {type(group).__name__} without an lr")
+            raise TypeError("decay_weights_ takes an optimizer or its param_groups; "
+                            f"item {i} is a {type(group).__name__} without an lr")
         for name in ("l2", "weight_decay"):
             if group.get(name, 0) != 0:
-                raise ValueError(f"group {i}: the optimizer regularizes already, with {name}="
-                                 f"{group[name]!r}; set that to 0 or do not call decay_weights_")
+                raise ValueError(
+                    f"group {i}: the optimizer regularizes already, with {name}="
+                    f"{group[name]!r}; set it to 0, or leave decay_weights_ out")
     for group in groups:
         for p in group["params"]:
             if p.grad is not None:

@@ -15,7 +15,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .core import default_device
-from .experiment import SIZES, TASKS, CellBusy, get_task, records_folder, run, runs_folder
+from nbutils.experiment import (
+    SIZES,
+    TASKS,
+    CellBusy,
+    get_task,
+    records_folder,
+    run,
+    runs_folder,
+)
 from .records import read_records, table
 
 # %% ../nbs/a4-command.ipynb #parse-seeds
@@ -30,16 +38,24 @@ def parse_seeds(text):
     seeds = []
     for part in text.split(","):
         first, dash, last = part.partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
-            raise argparse.ArgumentTypeError(f"seeds {text!r}: cannot read {part!r}; write 0-4, 3 or 0,2,5-7")
+        if (
+            not first.isdigit()
+            or (dash and not last.isdigit())
+            or (dash and int(last) < int(first))
+        ):
+            raise argparse.ArgumentTypeError(
+                f"seeds {text!r}: cannot read {part!r}; write 0-4, 3 or 0,2,5-7"
+            )
         seeds += range(int(first), int(last or first) + 1)
     return list(dict.fromkeys(seeds))
 
-
+# %% ../nbs/a4-command.ipynb #missing
 def missing(names=TASKS, sizes=SIZES, folder=None):
-    """List what is not run yet: (task, size, row, seeds) for each row that lacks seeds, most wanted first.
+    """List what is not run yet: (task, size, row, seeds) for each row that lacks seeds,
+    most wanted first.
 
-    Rows of grids and other extras are wanted once; the rest as often as their task says for the size.
+    Rows of grids and other extras are wanted once; the rest as often as their task says
+    for the size.
     """
     found = []
     for name in names:
@@ -48,7 +64,9 @@ def missing(names=TASKS, sizes=SIZES, folder=None):
             have = {(r.row, r.seed) for r in task.records(size, folder)}
             for config in task.configs:
                 if config.size == size:
-                    seeds = range(1 if config.row.startswith("grid-") else task.seeds[size])
+                    seeds = range(
+                        1 if config.row.startswith("grid-") else task.seeds[size]
+                    )
                     lacking = [s for s in seeds if (config.row, s) not in have]
                     if lacking:
                         found.append((name, size, config.row, lacking))
@@ -62,7 +80,11 @@ def _data(args):
 
 def _run(args):
     task = get_task(args.task)
-    rows = [c.row for c in task.configs if c.size == args.size] if args.rows == ["all"] else args.rows
+    rows = (
+        [c.row for c in task.configs if c.size == args.size]
+        if args.rows == ["all"]
+        else args.rows
+    )
     configs = [task.config(row, args.size) for row in rows]
     cells = [(config, seed) for seed in args.seeds for config in configs]
     if args.jobs > 1:
@@ -74,7 +96,10 @@ def _run(args):
     for config, seed in cells:
         record = run(config, seed, device=args.device, progress=args.progress)
         figures = ", ".join(f"{k} {v:.4f}" for k, v in record.metrics.items())
-        print(f"{config.task} {config.row} ({config.size}), seed {seed}: {figures}; {record.seconds:.0f} s, {record.device}", flush=True)
+        print(
+            f"{config.task} {config.row} ({config.size}), seed {seed}: {figures}; {record.seconds:.0f} s, {record.device}",
+            flush=True,
+        )
     return 0
 
 
@@ -83,33 +108,63 @@ def _run_jobs(args, cells):
 
     def one(cell):
         config, seed = cell
-        words = ["run", config.task, config.row, "--size", config.size, "--seeds", str(seed), "--threads", str(threads)]
+        words = [
+            "run",
+            config.task,
+            config.row,
+            "--size",
+            config.size,
+            "--seeds",
+            str(seed),
+            "--threads",
+            str(threads),
+        ]
         words += ["--device", args.device] if args.device else []
         words += ["--progress", args.progress] if args.progress else []
         program = "from nbutils.command import main; main()"
-        return subprocess.run([sys.executable, "-c", program, *words], env=os.environ | {"OMP_NUM_THREADS": str(threads)}).returncode
+        return subprocess.run(
+            [sys.executable, "-c", program, *words],
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        ).returncode
 
     with ThreadPoolExecutor(args.jobs) as pool:
         codes = list(pool.map(one, cells))
     failed = sum(code != 0 for code in codes)
     if failed:
-        print(f"{failed} of {len(cells)} runs did not end well; the others have their records", file=sys.stderr)
+        print(
+            f"{failed} of {len(cells)} runs did not end well; the others have their records",
+            file=sys.stderr,
+        )
     return 1 if failed else 0
 
-
+# %% ../nbs/a4-command.ipynb #todo
 def _todo(args):
-    for task, size, row, seeds in missing([args.task] if args.task else TASKS, [args.size] if args.size else SIZES):
+    for task, size, row, seeds in missing(
+        [args.task] if args.task else TASKS, [args.size] if args.size else SIZES
+    ):
         print(f"{task:10} {size:7} {row:32} lacks seeds {','.join(map(str, seeds))}")
     return 0
 
 
 def _table(args):
     task = get_task(args.task)
-    rows = [c.row for c in task.configs if c.size == args.size and (args.grids or not c.row.startswith("grid-"))]
+    rows = [
+        c.row
+        for c in task.configs
+        if c.size == args.size and (args.grids or not c.row.startswith("grid-"))
+    ]
     if not rows:
         task.config("", args.size)
     published = task.published if args.size == "full" else None
-    print(table(task.records(args.size), rows, task.columns, published, caption=f"{task.name}, size {args.size}"))
+    print(
+        table(
+            task.records(args.size),
+            rows,
+            task.columns,
+            published,
+            caption=f"{task.name}, size {args.size}",
+        )
+    )
     return 0
 
 
@@ -120,10 +175,14 @@ def _status(args):
         for size in SIZES:
             rows = [c.row for c in task.configs if c.size == size]
             records = task.records(size)
-            print(f"  {name} {size}: {len(records)} records, {len({r.row for r in records})} of {len(rows)} rows begun")
+            print(
+                f"  {name} {size}: {len(records)} records, {len({r.row for r in records})} of {len(rows)} rows begun"
+            )
         stale = [r for r in read_records(records_folder(), name) if not task.counts(r)]
         if stale:
-            print(f"  {name}: {len(stale)} records of other settings or recipes, which count in no table")
+            print(
+                f"  {name}: {len(stale)} records of other settings or recipes, which count in no table"
+            )
     print(f"unfinished runs in {runs_folder()}")
     for lock in sorted(Path(runs_folder()).glob("*/*/*/*.lock")):
         cell = " ".join(lock.with_suffix("").parts[-4:])
@@ -134,39 +193,68 @@ def _status(args):
                 print(f"  {cell}: running, {f.read().strip()}")
                 continue
         if lock.with_suffix(".pt").exists():
-            print(f"  {cell}: stopped; the same run command goes on from its last whole epoch")
+            print(
+                f"  {cell}: stopped; the same run command goes on from its last whole epoch"
+            )
     return 0
 
 # %% ../nbs/a4-command.ipynb #main
 def main(words=None):
-    """Run the ``nbutils`` command with the given words (``sys.argv`` if not given); return or exit with its status."""
-    parser = argparse.ArgumentParser(prog="nbutils", description="Run the experiments of the book Weighing Adam.")
+    """Run the ``nbutils`` command with the given words (``sys.argv`` if not given).
+
+    Return or exit with its status.
+    """
+    parser = argparse.ArgumentParser(
+        prog="nbutils", description="Run the experiments of the book Weighing Adam."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name, does, function):
-        sub = commands.add_parser(name, help=does, description=does[0].upper() + does[1:] + ".")
+        sub = commands.add_parser(
+            name, help=does, description=does[0].upper() + does[1:] + "."
+        )
         sub.set_defaults(function=function)
         return sub
 
     sub = command("data", "fetch, verify and decode a task's data set", _data)
     sub.add_argument("task")
-    sub = command("run", "run rows of a task; what has a record is not run again, what was killed goes on", _run)
+    sub = command(
+        "run",
+        "run rows of a task; what has a record is not run again, what was killed goes on",
+        _run,
+    )
     sub.add_argument("task")
     sub.add_argument("rows", nargs="+", metavar="row", help="one or more rows, or all")
-    sub.add_argument("--size", default="laptop", help="smoke, laptop (the default), colab or full")
-    sub.add_argument("--seeds", type=parse_seeds, default=[0], help="0-4, 3 or 0,2,5-7; default 0")
+    sub.add_argument(
+        "--size", default="laptop", help="smoke, laptop (the default), colab or full"
+    )
+    sub.add_argument(
+        "--seeds", type=parse_seeds, default=[0], help="0-4, 3 or 0,2,5-7; default 0"
+    )
     sub.add_argument("--device", help="cpu, cuda, mps; default: the best there is")
-    sub.add_argument("--jobs", type=int, default=1, help="runs at once, each in a process of its own")
+    sub.add_argument(
+        "--jobs", type=int, default=1, help="runs at once, each in a process of its own"
+    )
     sub.add_argument("--threads", type=int, help="threads of each run on a CPU")
-    sub.add_argument("--progress", choices=["bar", "lines", "silent"], help="default: a bar in a terminal")
+    sub.add_argument(
+        "--progress",
+        choices=["bar", "lines", "silent"],
+        help="default: a bar in a terminal",
+    )
     sub = command("todo", "list the rows that lack seeds, most wanted first", _todo)
     sub.add_argument("task", nargs="?")
     sub.add_argument("--size")
     sub = command("table", "print a task's table from its records", _table)
     sub.add_argument("task")
-    sub.add_argument("--size", default="laptop", help="smoke, laptop (the default), colab or full")
+    sub.add_argument(
+        "--size", default="laptop", help="smoke, laptop (the default), colab or full"
+    )
     sub.add_argument("--grids", action="store_true", help="with the rows of grids")
-    command("status", "count the records, and name the runs that are going on or were stopped", _status)
+    command(
+        "status",
+        "count the records, and name the runs that are going on or were stopped",
+        _status,
+    )
     args = parser.parse_args(words)
     try:
         code = args.function(args)

@@ -229,7 +229,7 @@ def load_cifar10(root=None, device="cpu", download=True):
 
 # %% ../nbs/06-data.ipynb #source-index
 def _source_index(size, offset, pad, mode):
-    """Where each pixel of a line comes from: int64 [b, size] for offsets [b]; -1: nowhere."""
+    """Where the pixels of a line come from: int64 [b, size] for [b]; -1: nowhere."""
     i = offset[:, None] + torch.arange(-pad, size - pad, device=offset.device)
     if mode == "zeros":
         return torch.where(i < size, i.clamp(min=-1), -1)
@@ -239,7 +239,7 @@ def _source_index(size, offset, pad, mode):
 
 # %% ../nbs/06-data.ipynb #crop
 def _crop(x, top, left, flipped, pad, mode):
-    """Crop the images x [b, c, h, w] at the offsets top, left [b]; mirror the flipped [b]."""
+    """Crop x [b, c, h, w] at the offsets top, left [b], and mirror the flipped [b]."""
     b, c, h, w = x.shape
     rows, cols = _source_index(h, top, pad, mode), _source_index(w, left, pad, mode)
     cols = torch.where(flipped[:, None], cols.flip(1), cols)
@@ -293,8 +293,8 @@ class Batches:
     """Batches (x, y) of a set, made on its device: x float [b, c, h, w], y int64 [b].
 
     Order and augmentation of an epoch depend on `seed` and the epoch's number only (on
-    one kind of device). The first pass is epoch 0, the next 1; `set_epoch` goes elsewhere.
-    ValueError for a batch size below 1, for no batch at all, for mean and std that do not fit.
+    one kind of device). The first pass is epoch 0, the next 1; `set_epoch` jumps.
+    ValueError for a batch size below 1, no batch at all, mean and std that do not fit.
 
     Parameters
     ----------

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'TASKS', 'Config', 'Task', 'register', 'get_task', 'records_folder', 'runs_folder', 'Reseed', 'Checkpoint',
-           'CellBusy', 'run', 'thin']
+           'CellBusy', 'thin', 'run']
 
 # %% ../nbs/09-experiments.ipynb #imports
 import contextlib
@@ -24,8 +24,16 @@ import torch
 
 from .core import default_device, seed_everything, unknown
 from .learner import Callback, NonFiniteLoss, Progress
-from .records import (Record, code_state, config_hash, describe_device, read_record, read_records, versions,
-                             write_record)
+from nbutils.records import (
+    Record,
+    code_state,
+    config_hash,
+    describe_device,
+    read_record,
+    read_records,
+    versions,
+    write_record,
+)
 
 # %% ../nbs/09-experiments.ipynb #config
 SIZES = ("smoke", "laptop", "colab", "full")
@@ -40,7 +48,8 @@ class Config:
     task : str
         Also the name of the module in nbutils that defines it.
     size : {"smoke", "laptop", "colab", "full"}
-        Seconds on a CPU; minutes on two cores; a quarter of an hour on a T4; the article's own.
+        Seconds on a CPU; minutes on two cores; a quarter of an hour on a T4; the
+        article's own.
     row : str
     """
 
@@ -63,7 +72,8 @@ class Task:
     configs : sequence of Config
         All rows of all sizes, most wanted first.
     build : callable
-        ``(config, seed, device) -> Learner``, everything drawn from the seed; the Learner may be on any device.
+        ``(config, seed, device) -> Learner``, everything drawn from the seed; the
+        Learner may be on any device.
     score : callable
         ``(learner, config) -> dict`` of final metrics.
     columns : dict of str to (str, float, int)
@@ -71,7 +81,8 @@ class Task:
     data : callable
         Fetches and decodes the data set; called by ``nbutils data``.
     recipe : int
-        Raised when a change of code moves the numbers; records of other recipes no longer count.
+        Raised when a change of code moves the numbers; records of other recipes no
+        longer count.
     published : dict
         Row to metric to the article's figure, as text.
     seeds : dict of str to int
@@ -86,7 +97,9 @@ class Task:
     data: Callable = lambda: None
     recipe: int = 1
     published: dict = field(default_factory=dict)
-    seeds: dict = field(default_factory=lambda: {"smoke": 1, "laptop": 3, "colab": 1, "full": 5})
+    seeds: dict = field(
+        default_factory=lambda: {"smoke": 1, "laptop": 3, "colab": 1, "full": 5}
+    )
 
     def config(self, row, size):
         """Return a row's settings.
@@ -94,7 +107,8 @@ class Task:
         Raises
         ------
         KeyError
-            For a size or a row that the task does not have; lists those that exist, nearest first.
+            For a size or a row that the task does not have; lists those that exist,
+            nearest first.
         """
         sizes = list(dict.fromkeys(c.size for c in self.configs))
         if size not in sizes:
@@ -105,13 +119,28 @@ class Task:
         return rows[row]
 
     def counts(self, record):
-        """Whether a record was made with the settings and the recipe that its row has now."""
-        current = next((c for c in self.configs if (c.size, c.row) == (record.size, record.row)), None)
-        return current is not None and record.recipe == self.recipe and record.config_hash == config_hash(current)
+        """Whether a record was made with the settings and the recipe that its row has
+        now.
+        """
+        current = next(
+            (c for c in self.configs if (c.size, c.row) == (record.size, record.row)),
+            None,
+        )
+        return (
+            current is not None
+            and record.recipe == self.recipe
+            and record.config_hash == config_hash(current)
+        )
 
     def records(self, size, folder=None):
-        """Return the records of one size that count, below ``folder`` (:func:`records_folder` if not given)."""
-        return [r for r in read_records(folder or records_folder(), self.name, size) if self.counts(r)]
+        """Return the records of one size that count, below ``folder``
+        (:func:`records_folder` if not given).
+        """
+        return [
+            r
+            for r in read_records(folder or records_folder(), self.name, size)
+            if self.counts(r)
+        ]
 
 # %% ../nbs/09-experiments.ipynb #register
 TASKS = ("cifar10",)
@@ -119,7 +148,10 @@ _REGISTERED = {}
 
 
 def register(task):
-    """Make a task known to :func:`get_task`; a task of the same name is replaced. Returns the task."""
+    """Make a task known to :func:`get_task`.
+
+    A task of the same name is replaced. Returns the task.
+    """
     _REGISTERED[task.name] = task
     return task
 
@@ -150,17 +182,26 @@ def _folder(variable, inside):
 
 
 def records_folder():
-    """Return where records lie: $NBUTILS_RECORDS, else book/records of the checkout around the working folder, else ./records."""
+    """Return where records lie.
+
+    $NBUTILS_RECORDS, else book/records of the checkout around the working folder, else
+    ./records.
+    """
     return _folder("NBUTILS_RECORDS", "book/records")
 
 
 def runs_folder():
-    """Return where unfinished runs lie: $NBUTILS_RUNS, else runs in the checkout around the working folder, else ./runs."""
+    """Return where unfinished runs lie.
+
+    $NBUTILS_RUNS, else runs in the checkout around the working folder, else ./runs.
+    """
     return _folder("NBUTILS_RUNS", "runs")
 
 # %% ../nbs/09-experiments.ipynb #reseed
 class Reseed(Callback):
-    """Seed all generators before each epoch, from the run's seed and the epoch's number."""
+    """Seed all generators before each epoch, from the run's seed and the epoch's
+    number.
+    """
 
     def __init__(self, seed):
         self.seed = seed
@@ -170,7 +211,8 @@ class Reseed(Callback):
 
 
 class Checkpoint(Callback):
-    """Keep a Learner's state after each epoch in one file, always whole; see :meth:`load`.
+    """Keep a Learner's state after each epoch in one file, always whole; see
+    :meth:`load`.
 
     Parameters
     ----------
@@ -191,10 +233,23 @@ class Checkpoint(Callback):
         os.replace(part, self.path)
 
     def load(self, learner):
-        """Take up the checkpoint, if there is one with this mark; return whether there was."""
+        """Take up the checkpoint, if there is one with this mark.
+
+        Return whether there was.
+        """
         if not self.path.exists():
             return False
-        saved = torch.load(self.path, map_location="cpu", weights_only=True)
+        try:
+            saved = torch.load(self.path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many kinds for a damaged file
+            aside = self.path.with_suffix(".damaged")
+            os.replace(self.path, aside)
+            print(
+                f"{self.path} cannot be read ({type(error).__name__}): it is kept as "
+                f"{aside.name}, and the run starts from its beginning",
+                flush=True,
+            )
+            return False
         if saved["mark"] != self.mark:
             return False
         learner.load_state_dict(saved["state"])
@@ -212,32 +267,116 @@ def _locked(path, cell):
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             f.seek(0)
-            raise CellBusy(f"{cell} is being run already, by {f.read().strip() or 'another process'}: wait for it, or stop it; "
-                           "this run was not started") from None
+            raise CellBusy(
+                f"{cell} is being run already, by {f.read().strip() or 'another process'}: wait for it, or stop it; "
+                "this run was not started"
+            ) from None
         f.truncate(0)
-        f.write(f"process {os.getpid()} on {os.uname().nodename} since {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC")
+        f.write(
+            f"process {os.getpid()} on {os.uname().nodename} since {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"
+        )
         f.flush()
         yield
 
 
 def _prepare(folder, bytes_needed):
-    """Make a folder, and say now, before hours of training, if nothing could be written there at the end."""
+    """Make a folder, and say now, before hours of training, if nothing could be written
+    there at the end.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe-{os.getpid()}"
         probe.write_bytes(b"x")
         probe.unlink()
     except OSError as error:
-        raise OSError(f"cannot write in {folder} ({error.strerror}): give another folder by NBUTILS_RECORDS and NBUTILS_RUNS, "
-                      "or mend its permissions; nothing was started") from None
+        raise OSError(
+            f"cannot write in {folder} ({error.strerror}): give another folder by NBUTILS_RECORDS and NBUTILS_RUNS, "
+            "or mend its permissions; nothing was started"
+        ) from None
     free = shutil.disk_usage(folder).free
     if free < bytes_needed:
-        raise OSError(f"{folder} has {free / 1e6:.0f} MB free, and the run needs {bytes_needed / 1e6:.0f} MB for its checkpoints: "
-                      "make room, or give another folder by NBUTILS_RUNS; nothing was started")
+        raise OSError(
+            f"{folder} has {free / 1e6:.0f} MB free, and the run needs {bytes_needed / 1e6:.0f} MB for its checkpoints: "
+            "make room, or give another folder by NBUTILS_RUNS; nothing was started"
+        )
+
+# %% ../nbs/09-experiments.ipynb #begin
+def _begin(task, config, seed, device, folder, cell):
+    seed_everything(seed)
+    learner = task.build(config, seed, device)
+    parameters = sum(p.numel() for p in learner.model.parameters())
+    _prepare(folder, 40 * parameters + 10e6)
+    mark = {"config": config_hash(config), "recipe": task.recipe, "seed": seed}
+    checkpoint = Checkpoint(folder / f"{seed}.pt", mark)
+    if checkpoint.load(learner):
+        done = f"{learner.epoch} of {config.epochs}"
+        print(f"{cell}: going on after epoch {done}", flush=True)
+    learner.callbacks = [Reseed(seed), *learner.callbacks, checkpoint]
+    return learner, checkpoint
+
+# %% ../nbs/09-experiments.ipynb #fit
+def _fit(learner, config, cell, failed):
+    try:
+        learner.fit(config.epochs)
+    except NonFiniteLoss as error:
+        kept = {"config": _plain(config), "error": str(error)}
+        kept |= {"history": learner.history, "curve": thin(learner.trace)}
+        failed.write_text(json.dumps(kept, indent=1))
+        raise NonFiniteLoss(f"{cell}: {error}. What it had is in {failed}") from None
+
+
+def _plain(config):
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def thin(trace, points=200):
+    """Thin the step-by-step lists of a trace to at most ``points`` of the steps.
+
+    Parameters
+    ----------
+    trace : dict of str to list
+        As :class:`nbutils.learner.Learner` keeps it, with the key ``loss``.
+    points : int
+
+    Returns
+    -------
+    dict of str to list
+        The same lists, thinned, and the numbers of the steps as ``step``.
+    """
+    n = len(trace["loss"])
+    steps = list(range(0, n, max(1, -(-n // points))))
+    return {"step": steps} | {k: [v[i] for i in steps] for k, v in trace.items()}
+
+# %% ../nbs/09-experiments.ipynb #finish
+def _finish(task, config, seed, device, learner, started):
+    start = time.perf_counter()
+    metrics = task.score(learner, config)
+    seconds = time.perf_counter() - start
+    seconds += sum(row["seconds"] + row["valid_seconds"] for row in learner.history)
+    commit, code_hash = code_state()
+    return Record(
+        task=config.task,
+        size=config.size,
+        row=config.row,
+        seed=seed,
+        config=_plain(config),
+        config_hash=config_hash(config),
+        recipe=task.recipe,
+        history=learner.history,
+        curve=thin(learner.trace),
+        metrics=metrics,
+        seconds=seconds,
+        device=describe_device(device),
+        precision=learner.precision,
+        versions=versions(),
+        commit=commit,
+        code_hash=code_hash,
+        started=started,
+    )
 
 # %% ../nbs/09-experiments.ipynb #run
 def run(config, seed, *, device=None, records=None, runs=None, progress=None):
-    """Run one seed of one row to its record, from the start or from where it was killed.
+    """Run one seed of one row to its record, from the start or from where it stopped.
 
     Parameters
     ----------
@@ -260,64 +399,42 @@ def run(config, seed, *, device=None, records=None, runs=None, progress=None):
     CellBusy
         If another process runs this cell.
     OSError
-        If a folder cannot be written or the disk is nearly full; before training starts.
+        If a folder cannot be written or the disk is nearly full; before training
+        starts.
     nbutils.learner.NonFiniteLoss
-        Names row, seed, step and learning rate; the epochs until then are kept in ``runs``, as seed.failed.json.
+        Names row, seed, step and learning rate; the epochs until then are kept in
+        ``runs``, as seed.failed.json.
     """
     task, device = get_task(config.task), torch.device(device or default_device())
-    records, runs = Path(records or records_folder()), Path(runs or runs_folder())
     cell = f"{config.task} {config.row} ({config.size}), seed {seed}"
     place = Path(config.task, config.size, config.row)
-    finished, folder = records / place / f"{seed}.json", runs / place
-    _prepare(finished.parent, 1e6)
+    records = Path(records or records_folder())
+    folder = Path(runs or runs_folder()) / place
+    _prepare(records / place, 1e6)
     _prepare(folder, 10e6)
     with _locked(folder / f"{seed}.lock", cell):
-        if finished.exists():
-            record = read_record(finished)
-            if task.counts(record):
-                return record
-            finished.rename(finished.with_name(f"{seed}.recipe{record.recipe}-{record.config_hash}.json"))
+        finished = _finished(task, records / place / f"{seed}.json")
+        if finished:
+            return finished
         started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        seed_everything(seed)
-        learner = task.build(config, seed, device)
-        _prepare(folder, 40 * sum(p.numel() for p in learner.model.parameters()) + 10e6)
-        mark = {"config": config_hash(config), "recipe": task.recipe, "seed": seed}
-        checkpoint = Checkpoint(folder / f"{seed}.pt", mark)
-        if checkpoint.load(learner):
-            print(f"{cell}: going on after epoch {learner.epoch} of {config.epochs}", flush=True)
-        learner.callbacks = [Reseed(seed), *learner.callbacks, checkpoint]
-        _fit(learner, config, cell, folder / f"{seed}.failed.json", progress)
-        start = time.perf_counter()
-        metrics = task.score(learner, config)
-        seconds = sum(r["seconds"] + r["valid_seconds"] for r in learner.history) + time.perf_counter() - start
-        commit, code_hash = code_state()
-        record = Record(
-            task=config.task, size=config.size, row=config.row, seed=seed, config=_plain(config), config_hash=config_hash(config),
-            recipe=task.recipe, history=learner.history, curve=thin(learner.trace), metrics=metrics, seconds=seconds,
-            device=describe_device(device), precision=learner.precision, versions=versions(), commit=commit, code_hash=code_hash,
-            started=started)
+        learner, checkpoint = _begin(task, config, seed, device, folder, cell)
+        learner.progress = Progress(progress) if progress else learner.progress
+        _fit(learner, config, cell, folder / f"{seed}.failed.json")
+        record = _finish(task, config, seed, device, learner, started)
         write_record(record, records)
         checkpoint.path.unlink(missing_ok=True)
     return record
 
 
-def _fit(learner, config, cell, failed, progress):
-    if progress:
-        learner.progress = Progress(progress)
-    try:
-        learner.fit(config.epochs)
-    except NonFiniteLoss as error:
-        failed.write_text(json.dumps({"config": _plain(config), "error": str(error), "history": learner.history,
-                                      "curve": thin(learner.trace)}, indent=1))
-        raise NonFiniteLoss(f"{cell}: {error}. What it had is in {failed}") from None
-
-
-def _plain(config):
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def thin(trace, points=200):
-    """Thin the step-by-step lists of a trace to at most ``points`` of the steps; adds their numbers as ``step``."""
-    n = len(trace["loss"])
-    steps = list(range(0, n, max(1, -(-n // points))))
-    return {"step": steps} | {name: [values[i] for i in steps] for name, values in trace.items()}
+def _finished(task, path):
+    """Return the cell's record if it counts; set aside one that does not."""
+    for leftover in path.parent.glob(f".{path.name}.*.part"):
+        leftover.unlink()  # of a process that was killed while it wrote
+    if not path.exists():
+        return None
+    record = read_record(path)
+    if task.counts(record):
+        return record
+    aside = f"{path.stem}.recipe{record.recipe}-{record.config_hash}.json"
+    path.rename(path.with_name(aside))
+    return None

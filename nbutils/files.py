@@ -117,8 +117,8 @@ def _fetch(url, part, timeout):
         _need_space(part.parent, total - done)
         shown = _bar(total)
         with open(part, "ab" if done else "wb") as file:
-            while block := reply.read(2**18):
-                file.write(block)
+            while block := reply.read1(2**18):   # what is there; read() would wait
+                file.write(block)                # for more and lose it with the line
                 done += len(block)
                 shown(done)
     if done < total:
@@ -225,7 +225,7 @@ def download(urls, path, *, sha256=None, md5=None, timeout=30):
         _writable(path.parent)
         with _locked(path):
             part = Path(f"{path}.part")
-            if _is_good(part, checksum):     # killed just before it got its name
+            if _size(part) and _is_good(part, checksum):    # killed before the rename
                 os.replace(part, path)
             for url in [] if path.exists() else urls:
                 reasons[url] = _from_mirror(url, part, timeout, checksum)

@@ -6,7 +6,7 @@
 __all__ = ['HOOKS', 'PRECISIONS', 'NonFiniteLoss', 'Callback', 'best_precision', 'accuracy', 'Learner', 'Progress', 'tta']
 
 # %% ../nbs/07-learner.ipynb #imports
-import contextlib
+import math
 import os
 import platform
 import sys
@@ -19,23 +19,36 @@ from .core import default_device, unknown
 
 # %% ../nbs/07-learner.ipynb #nonfiniteloss
 class NonFiniteLoss(FloatingPointError):
-    """The loss became NaN or infinite; the message names the step, the epoch and the learning rate."""
+    """The loss became NaN or infinite.
+
+    The message names the step, the epoch and the learning rate.
+    """
 
 # %% ../nbs/07-learner.ipynb #callback
-HOOKS = ("before_fit", "before_epoch", "before_batch", "before_step", "after_step", "after_epoch", "after_fit")
+HOOKS = (
+    "before_fit",
+    "before_epoch",
+    "before_batch",
+    "before_step",
+    "after_step",
+    "after_epoch",
+    "after_fit",
+)
 
 
 class Callback:
     """Something that a Learner calls at named places; each hook is given the learner.
 
-    The hooks, in the order of the loop: ``before_fit``, ``before_epoch``, ``before_batch``, ``before_step`` (gradients are there,
-    unscaled and clipped; the weights are still the old ones), ``after_step``, ``after_epoch`` (after the
+    The hooks, in the order of the loop: ``before_fit``, ``before_epoch``,
+    ``before_batch``, ``before_step`` (gradients are there, unscaled and clipped; the
+    weights are still the old ones), ``after_step``, ``after_epoch`` (after the
     evaluation), ``after_fit``.
 
     Raises
     ------
     TypeError
-        When a subclass defines a method that begins like a hook but is none of the seven.
+        When a subclass defines a method that begins like a hook but is none of the
+        seven.
     """
 
     def __init_subclass__(cls, **kwargs):
@@ -59,102 +72,45 @@ def best_precision(device=None):
     Returns
     -------
     {"bf16", "fp16", "fp32"}
-        bf16 on GPUs from Ampere on and on x86 processors with AVX512-BF16 or AMX; fp16 on older GPUs; else fp32.
+        bf16 on GPUs from Ampere on and on x86 processors with AVX512-BF16 or AMX; fp16
+        on older GPUs; else fp32.
     """
     kind = torch.device(device or default_device()).type
     if kind == "cuda":
         return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
-    if kind == "cpu" and platform.system() == "Linux" and os.path.exists("/proc/cpuinfo"):
+    if (
+        kind == "cpu"
+        and platform.system() == "Linux"
+        and os.path.exists("/proc/cpuinfo")
+    ):
         with open("/proc/cpuinfo") as lines:
             flags = next((line for line in lines if line.startswith("flags")), "")
         if "amx_bf16" in flags or "avx512_bf16" in flags:
             return "bf16"
     return "fp32"
 
-# %% ../nbs/07-learner.ipynb #accuracy
-def accuracy(outputs, targets):
-    """Share of the rows of ``outputs`` [n, classes] whose largest entry is at ``targets`` [n]; a 0-d tensor."""
-    return (outputs.argmax(1) == targets).float().mean()
-
-
-class Learner:
-    """Train a model, and keep what happened.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        Moved to ``device``.
-    train, valid : iterable of (x, y) with a length
-        :class:`nbutils.data.Batches`, or any loader; ``valid`` may be None. A ``set_epoch`` method is called if there is one.
-    optimizer : torch.optim.Optimizer
-        Of nbutils or of torch, over the model's parameters.
-    loss_fn : callable
-        ``(outputs, targets) -> 0-d tensor``, the mean over the batch; outputs are float32 when it is called.
-    schedules : dict of str to Schedule, optional
-        Hyper-parameter name to a function of progress in [0, 1]; ``momentum`` sets the first of ``betas`` where a group has them.
-    callbacks : sequence of Callback
-    metrics : dict of str to callable, optional
-        ``(outputs, targets) -> 0-d tensor``, the mean over the batch. ``{"accuracy": accuracy}`` if not given.
-    device : torch.device, optional
-        :func:`nbutils.core.default_device` if not given.
-    precision : {"fp32", "bf16", "fp16", "auto"}
-        Of the forward pass; weights and optimizer state stay as they are. "auto" is :func:`best_precision`.
-    clip_norm : float, optional
-        The norm to which the whole model's gradient is cut before each step.
-    channels_last : bool
-        Keep 4-d weights and images in the layout that convolutions like best.
-    compile : bool or str
-        Compile the model's forward pass; a string is ``torch.compile``'s mode.
-    progress : {"bar", "lines", "silent", None}
-        None: a bar in notebooks and terminals, silent elsewhere; see :class:`Progress`.
-
-    Attributes
-    ----------
-    history : list of dict
-        A row an epoch: epoch (from 1), loss, valid_loss, the metrics, lr, momentum, seconds.
-    trace : dict of str to list
-        lr, momentum and loss of every step.
-    """
-
-    def __init__(self, model, train, valid, optimizer, loss_fn=F.cross_entropy, *, schedules=None, callbacks=(), metrics=None,
-                 device=None, precision="fp32", clip_norm=None, channels_last=False, compile=False, progress=None):
-        self.device = torch.device(device or default_device())
-        if precision == "auto":
-            precision = best_precision(self.device)
-        if precision not in PRECISIONS:
-            raise ValueError(unknown("precision", precision, [*PRECISIONS, "auto"]))
-        if clip_norm is not None and not clip_norm > 0:
-            raise ValueError(f"clip_norm is {clip_norm}: give a positive norm, or None not to clip")
-        if len(train) == 0:
-            raise ValueError("there are no training batches: the set is empty, or smaller than one batch with drop_last=True")
-        layout = torch.channels_last if channels_last else torch.preserve_format
-        self.model = model.to(self.device, memory_format=layout)
-        self.train, self.valid, self.optimizer, self.loss_fn = train, valid, optimizer, loss_fn
-        self.schedules, self.metrics = dict(schedules or {}), metrics or {"accuracy": accuracy}
-        self.callbacks, self.progress = list(callbacks), Progress(progress)
-        self.precision, self.clip_norm, self.layout = precision, clip_norm, layout
-        self.forward = torch.compile(model, mode=None if compile is True else compile) if compile else model
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
-        self.epoch = self.step = self.epochs = 0
-        self.history, self.trace = [], {"lr": [], "momentum": [], "loss": []}
-        for name in self.schedules:
-            self._place(name)
-
-    # --- the loop ------------------------------------------------------------------------------
+# %% ../nbs/07-learner.ipynb #loop
+class _Loop:
     def fit(self, epochs):
-        """Train until ``epochs`` epochs are done, counted from the first fit; return the history.
+        """Train until ``epochs`` epochs are done, counted from the first fit.
+
+        Returns
+        -------
+        list of dict
+            The history, a row an epoch.
 
         Raises
         ------
         NonFiniteLoss
-            At the end of the epoch in which the loss stopped being finite; what was recorded is kept.
+            At the end of the epoch in which the loss stopped being finite; what was
+            recorded is kept.
         """
         self.epochs = epochs
         self._call("before_fit")
         while self.epoch < epochs:
-            start, losses = time.perf_counter(), torch.zeros(len(self.train), device=self.device)
-            self.model.train()
-            self._set_epoch()
+            start = time.perf_counter()
+            losses = torch.zeros(len(self.train), device=self.device)
+            self._begin_epoch()
             self._call("before_epoch")
             for i, (x, y) in enumerate(self.train):
                 self.set_hypers(self.step / (epochs * len(self.train)))
@@ -163,14 +119,23 @@ class Learner:
                 self.step += 1
                 self._call("after_step")
             self.epoch += 1
-            self._record(losses, start)
+            self._end_epoch(losses, start)
             self._call("after_epoch")
         self._call("after_fit")
         return self.history
 
+# %% ../nbs/07-learner.ipynb #step
+class _Step:
     def train_step(self, x, y):
-        """Do one step on a batch; return its loss as a 0-d tensor that stays on the device."""
-        loss = self.loss_fn(self.predict_batch(x), y.to(self.device, non_blocking=True))
+        """Do one step on a batch.
+
+        Returns
+        -------
+        Tensor
+            The loss before the step, 0-d, detached; it stays on the device.
+        """
+        y = y.to(self.device, non_blocking=True)
+        loss = self.loss_fn(self.predict_batch(x), y)
         self.scaler.scale(loss).backward()
         if self.clip_norm is not None or self._listens("before_step"):
             self.scaler.unscale_(self.optimizer)
@@ -183,95 +148,245 @@ class Learner:
         return loss.detach()
 
     def predict_batch(self, x):
-        """Return the model's outputs for one batch, in float32, computed in the Learner's precision."""
-        x = x.to(self.device, non_blocking=True)
-        if self.layout is torch.channels_last and x.dim() == 4:
-            x = x.contiguous(memory_format=self.layout)
-        half = PRECISIONS[self.precision]
-        with torch.autocast(self.device.type, half) if half else contextlib.nullcontext():
-            outputs = self.forward(x)
-        return outputs.float() if half and torch.is_tensor(outputs) else outputs
+        """Return the model's outputs for a batch x, computed in the Learner's
+        precision.
 
-    # --- evaluation ----------------------------------------------------------------------------
+        Half-precision outputs are given back as float32.
+        """
+        x = x.to(self.device, non_blocking=True)
+        if self.channels_last and x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        half = PRECISIONS[self.precision]
+        if half is None:
+            return self.forward(x)
+        with torch.autocast(self.device.type, half):
+            outputs = self.forward(x)
+        return outputs.float() if torch.is_tensor(outputs) else outputs
+
+# %% ../nbs/07-learner.ipynb #hypers
+class _Hypers:
+    def set_hypers(self, progress):
+        """Set all scheduled hyper-parameters, in all groups, for a progress in [0, 1]."""
+        groups = self.optimizer.param_groups
+        for name, schedule in self.schedules.items():
+            value = schedule(progress)
+            for group, place in zip(groups, self._places[name]):
+                group[place] = (
+                    (value, *group["betas"][1:]) if place == "betas" else value
+                )
+        first = groups[0]
+        momentum = first["betas"][0] if "betas" in first else first.get("momentum", 0.0)
+        self.trace["lr"].append(float(first["lr"]))
+        self.trace["momentum"].append(float(momentum))
+
+    def _find_places(self, name):
+        places = []
+        for i, group in enumerate(self.optimizer.param_groups):
+            place = "betas" if name == "momentum" and "betas" in group else name
+            if place not in group:
+                known = [k for k in group if k != "params"]
+                known += ["momentum"] * ("betas" in group)
+                refusal = unknown("hyper-parameter", name, known)
+                raise KeyError(f"schedules: {refusal} (param group {i})")
+            places.append(place)
+        return places
+
+# %% ../nbs/07-learner.ipynb #accuracy
+def accuracy(outputs, targets):
+    """Return the share of rows of outputs [n, classes] whose largest entry is at
+    targets [n].
+
+    A 0-d tensor on the outputs' device.
+    """
+    return (outputs.argmax(1) == targets).float().mean()
+
+
+class _Evaluation:
     @torch.no_grad()
     def evaluate(self, batches=None):
-        """Return the mean loss and metrics over ``batches`` (``valid`` if not given); each sample counts once."""
-        batches = self.valid if batches is None else batches
+        """Return the mean loss and metrics over batches, each sample counted once.
+
+        Parameters
+        ----------
+        batches : iterable of (x, y), optional
+            ``valid`` if not given.
+
+        Returns
+        -------
+        dict of str to float
+            ``loss`` and the Learner's metrics.
+        """
         self.model.eval()
-        sums, n = torch.zeros(1 + len(self.metrics), dtype=torch.float64), 0
-        sums = sums.to(self.device, torch.float32 if self.device.type == "mps" else torch.float64)
-        for x, y in batches:
+        sums, n = 0.0, 0
+        exact = torch.float32 if self.device.type == "mps" else torch.float64
+        for x, y in self.valid if batches is None else batches:
             outputs, y = self.predict_batch(x), y.to(self.device)
-            values = [self.loss_fn(outputs, y), *(f(outputs, y) for f in self.metrics.values())]
-            sums += torch.stack([v.to(sums.dtype) for v in values]) * len(y)
+            values = [f(outputs, y) for f in (self.loss_fn, *self.metrics.values())]
+            sums = sums + torch.stack(values).to(exact) * len(y)
             n += len(y)
-        return dict(zip(["loss", *self.metrics], (sums / max(n, 1)).tolist()))
+        if n == 0:
+            raise ValueError("nothing to evaluate: there are no batches")
+        return dict(zip(["loss", *self.metrics], (sums / n).tolist()))
 
     @torch.no_grad()
     def predict(self, batches):
-        """Return outputs [n, ...] and targets [n] over ``batches``, in their order, on the device."""
+        """Return outputs [n, ...] and targets [n] over batches, in order, on the
+        device.
+        """
         self.model.eval()
         pairs = [(self.predict_batch(x), y.to(self.device)) for x, y in batches]
         return tuple(torch.cat(parts) for parts in zip(*pairs))
 
-    # --- state ---------------------------------------------------------------------------------
+# %% ../nbs/07-learner.ipynb #recorder
+class _Recorder:
+    def _begin_epoch(self):
+        self.model.train()
+        if hasattr(self.train, "set_epoch"):
+            self.train.set_epoch(self.epoch)
+
+    def _end_epoch(self, losses, start):
+        losses = losses.tolist()  # the one place that waits for the device
+        self.trace["loss"] += losses
+        self._refuse_non_finite(losses)
+        row = {"epoch": self.epoch, "loss": sum(losses) / len(losses)}
+        seconds = time.perf_counter() - start
+        if self.valid is not None:
+            scores = self.evaluate()
+            row |= {"valid_loss": scores.pop("loss"), **scores}
+        row |= {name: self.trace[name][-1] for name in ("lr", "momentum")}
+        row["seconds"] = seconds
+        row["valid_seconds"] = time.perf_counter() - start - seconds
+        self.history.append(row)
+
+    def _refuse_non_finite(self, losses):
+        for i, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                step = self.step - len(losses) + i
+                raise NonFiniteLoss(
+                    f"the loss is {loss} at step {step} (epoch {self.epoch}, batch {i}), "
+                    f"lr {self.trace['lr'][step]:g}: lower the learning rate, clip the "
+                    "gradient, or look at that batch"
+                )
+
     def state_dict(self):
         """Return all that a later Learner needs to go on after the last whole epoch."""
-        parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scaler")}
-        return parts | {name: getattr(self, name) for name in ("epoch", "step", "history", "trace")}
+        state = {
+            n: getattr(self, n).state_dict() for n in ("model", "optimizer", "scaler")
+        }
+        return state | {
+            n: getattr(self, n) for n in ("epoch", "step", "history", "trace")
+        }
 
     def load_state_dict(self, state):
-        """Take up the state that :meth:`state_dict` gave; ``fit`` then does the epochs that are left."""
+        """Take up what :meth:`state_dict` gave; ``fit`` then does the epochs left."""
         for name in ("model", "optimizer", "scaler"):
             getattr(self, name).load_state_dict(state[name])
         for name in ("epoch", "step", "history", "trace"):
             setattr(self, name, state[name])
 
-    # --- parts of the loop ---------------------------------------------------------------------
-    def set_hypers(self, progress):
-        """Set every scheduled hyper-parameter to its value at ``progress`` in [0, 1], in all groups."""
-        for name, schedule in self.schedules.items():
-            value = schedule(progress)
-            for group, place in zip(self.optimizer.param_groups, self._place(name)):
-                group[place] = (value, *group["betas"][1:]) if place == "betas" else value
-        first = self.optimizer.param_groups[0]
-        self.trace["lr"].append(float(first["lr"]))
-        self.trace["momentum"].append(float(first["betas"][0] if "betas" in first else first.get("momentum", 0.0)))
+# %% ../nbs/07-learner.ipynb #learner
+class Learner(_Loop, _Step, _Hypers, _Evaluation, _Recorder):
+    """Train a model, and keep what happened.
 
-    def _place(self, name):
-        """The key of each group that a schedule sets; refuses names that a group does not have."""
-        places = []
-        for i, group in enumerate(self.optimizer.param_groups):
-            place = "betas" if name == "momentum" and "betas" in group else name
-            if place not in group:
-                known = [k for k in group if k != "params"] + ["momentum"] * ("betas" in group)
-                raise KeyError(f"schedules: {unknown('hyper-parameter', name, known)} (param group {i})")
-            places.append(place)
-        return places
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Moved to ``device``.
+    train, valid : iterable of (x, y) with a length
+        :class:`nbutils.data.Batches`, or any loader; ``valid`` may be None. A
+        ``set_epoch`` method is called if there is one.
+    optimizer : torch.optim.Optimizer
+        Of nbutils or of torch, over the model's parameters.
+    loss_fn : callable
+        ``(outputs, targets) -> 0-d tensor``, the mean over the batch; outputs are
+        float32 when it is called.
+    schedules : dict of str to Schedule, optional
+        Hyper-parameter name to a function of progress in [0, 1]; ``momentum`` sets the
+        first of ``betas`` where a group has them.
+    callbacks : sequence of Callback
+    metrics : dict of str to callable, optional
+        ``(outputs, targets) -> 0-d tensor``, the mean over the batch. The
+        :func:`accuracy` if not given.
+    device : torch.device, optional
+        :func:`nbutils.core.default_device` if not given.
+    precision : {"fp32", "bf16", "fp16", "auto"}
+        Of the forward pass; weights and optimizer state stay as they are. "auto" is
+        :func:`best_precision`.
+    clip_norm : float, optional
+        The norm to which the whole model's gradient is cut before each step.
+    channels_last : bool
+        Keep 4-d weights and images in the layout that convolutions like best.
+    compile : bool or str
+        Compile the model's forward pass; a string is ``torch.compile``'s mode.
+    progress : {"bar", "lines", "silent", None}
+        None: a bar in notebooks and terminals, silent elsewhere; see :class:`Progress`.
 
-    def _record(self, losses, start):
-        losses = losses.tolist()                                   # the one place that waits for the device
-        self.trace["loss"] += losses
-        bad = next((i for i, loss in enumerate(losses) if not abs(loss) < float("inf")), None)
-        if bad is not None:
-            step = self.step - len(losses) + bad
-            raise NonFiniteLoss(f"the loss is {losses[bad]} at step {step} (epoch {self.epoch}, batch {bad}), lr "
-                                f"{self.trace['lr'][step]:g}: lower the learning rate, clip the gradient, or look at that batch")
-        seconds = time.perf_counter() - start
-        row = {"epoch": self.epoch, "loss": sum(losses) / len(losses)}
-        if self.valid is not None:
-            scores = self.evaluate()
-            row |= {"valid_loss": scores.pop("loss"), **scores}
-        row |= {"lr": self.trace["lr"][-1], "momentum": self.trace["momentum"][-1], "seconds": seconds,
-                "valid_seconds": time.perf_counter() - start - seconds}
-        self.history.append(row)
+    Attributes
+    ----------
+    history : list of dict
+        A row an epoch: epoch (from 1), loss, valid_loss, the metrics, lr and momentum
+        of its last step, seconds, valid_seconds.
+    trace : dict of str to list
+        lr, momentum and loss of every step.
 
-    def _set_epoch(self):
-        if hasattr(self.train, "set_epoch"):
-            self.train.set_epoch(self.epoch)
+    Raises
+    ------
+    ValueError
+        For an unknown precision or kind of progress, a norm that is not positive, or a
+        training set without a batch.
+    KeyError
+        For a schedule of a hyper-parameter that the optimizer does not have.
+    """
+
+    def __init__(
+        self,
+        model,
+        train,
+        valid,
+        optimizer,
+        loss_fn=F.cross_entropy,
+        *,
+        schedules=None,
+        callbacks=(),
+        metrics=None,
+        device=None,
+        precision="fp32",
+        clip_norm=None,
+        channels_last=False,
+        compile=False,
+        progress=None,
+    ):
+        self.device = torch.device(device or default_device())
+        self.precision = (
+            best_precision(self.device) if precision == "auto" else precision
+        )
+        if self.precision not in PRECISIONS:
+            raise ValueError(unknown("precision", precision, [*PRECISIONS, "auto"]))
+        if clip_norm is not None and not clip_norm > 0:
+            raise ValueError(f"clip_norm is {clip_norm}: give a positive norm, or None")
+        if len(train) == 0:
+            raise ValueError(
+                "there are no training batches: the set is empty, or smaller "
+                "than one batch with drop_last=True"
+            )
+        layout = torch.channels_last if channels_last else torch.preserve_format
+        self.model = model.to(self.device, memory_format=layout)
+        mode = None if compile is True else compile
+        self.forward = torch.compile(model, mode=mode) if compile else model
+        self.train, self.valid, self.optimizer = train, valid, optimizer
+        self.loss_fn, self.metrics = loss_fn, metrics or {"accuracy": accuracy}
+        self.clip_norm, self.channels_last = clip_norm, channels_last
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, enabled=precision == "fp16"
+        )
+        self.callbacks, self.progress = list(callbacks), Progress(progress)
+        self.epoch = self.step = self.epochs = 0
+        self.history, self.trace = [], {"lr": [], "momentum": [], "loss": []}
+        self.schedules = dict(schedules or {})
+        self._places = {name: self._find_places(name) for name in self.schedules}
 
     def _listens(self, hook):
-        return any(hasattr(callback, hook) for callback in (*self.callbacks, self.progress))
+        return any(hasattr(c, hook) for c in (*self.callbacks, self.progress))
 
     def _call(self, hook):
         for callback in (*self.callbacks, self.progress):
@@ -285,13 +400,18 @@ class Progress(Callback):
     Parameters
     ----------
     kind : {"bar", "lines", "silent", None}
-        None chooses: silent when the variable NBUTILS_NO_BAR is set, a bar in a notebook or a terminal, silent elsewhere.
+        None chooses: silent when the variable NBUTILS_NO_BAR is set, a bar in a
+        notebook or a terminal, silent elsewhere.
     """
 
     def __init__(self, kind=None):
         if kind not in ("bar", "lines", "silent", None):
-            raise ValueError(unknown("kind of progress", kind, ["bar", "lines", "silent"]))
-        watched = "ipykernel" in sys.modules or (sys.stdout is not None and sys.stdout.isatty())
+            raise ValueError(
+                unknown("kind of progress", kind, ["bar", "lines", "silent"])
+            )
+        watched = "ipykernel" in sys.modules or (
+            sys.stdout is not None and sys.stdout.isatty()
+        )
         quiet = os.environ.get("NBUTILS_NO_BAR") or not watched
         self.kind = kind or ("silent" if quiet else "bar")
 
@@ -308,11 +428,18 @@ class Progress(Callback):
 
     def after_epoch(self, learner):
         row = learner.history[-1]
-        text = ", ".join(f"{k} {row[k]:.4f}" for k in ("loss", "valid_loss", *learner.metrics) if k in row)
+        text = ", ".join(
+            f"{k} {row[k]:.4f}"
+            for k in ("loss", "valid_loss", *learner.metrics)
+            if k in row
+        )
         if self.kind == "bar":
             self.bar.comment = f"epoch {learner.epoch}/{learner.epochs}: {text}"
         if self.kind == "lines":
-            print(f"epoch {learner.epoch}/{learner.epochs}: {text} ({row['seconds']:.1f} s)", flush=True)
+            print(
+                f"epoch {learner.epoch}/{learner.epochs}: {text} ({row['seconds']:.1f} s)",
+                flush=True,
+            )
 
 # %% ../nbs/07-learner.ipynb #tta
 def tta(learner, plain, augmented, views=4):
@@ -323,7 +450,8 @@ def tta(learner, plain, augmented, views=4):
     learner : Learner
         With a model that gives logits [n, classes].
     plain, augmented : Batches
-        The same images in the same order, without and with augmentation; epochs 0 to ``views - 1`` of the latter are the views.
+        The same images in the same order, without and with augmentation; epochs 0 to
+        ``views - 1`` of the latter are the views.
     views : int
         Number of augmented views beside the plain image; 0 gives the plain prediction.
 
@@ -336,7 +464,8 @@ def tta(learner, plain, augmented, views=4):
     Raises
     ------
     ValueError
-        If the two do not give the same targets in the same order: one of them is shuffled, or holds other images.
+        If the two do not give the same targets in the same order: one of them is
+        shuffled, or holds other images.
     """
     if views < 0:
         raise ValueError(f"views is {views}: give 0 (the plain images alone) or more")
@@ -346,6 +475,8 @@ def tta(learner, plain, augmented, views=4):
         augmented.set_epoch(view)
         outputs, same = learner.predict(augmented)
         if not torch.equal(same, targets):
-            raise ValueError("plain and augmented batches differ in their targets: both must be unshuffled, over the same images")
+            raise ValueError(
+                "plain and augmented batches differ in their targets: both must be unshuffled, over the same images"
+            )
         total += outputs.softmax(1)
     return total / (1 + views), targets

@@ -20,7 +20,7 @@ REQUIRED = inspect.Parameter.empty  # the default of what has no default
 
 
 def stepper(function=None, *, state=(), skip_at_zero=None):
-    """Mark a function of (p, g, state, *, hyper=default, ...) as a stepper.
+    """Mark a function of p, g, state, * and its hyper-parameters as a stepper.
 
     Parameters
     ----------
@@ -102,15 +102,15 @@ def _active(steppers, group):
     return [(s, {name: group[name] for name in s.hypers}) for s in steppers if is_on(s)]
 
 
-def _check_group(where, steppers, hypers, group):
-    for name in hypers:
+def _check_group(where, opt, group):
+    for name in opt.hypers:
         if name not in group:
             raise TypeError(f"{where}: {name} is missing; give it to the optimizer or "
                             "to this group")
         if name in _BELOW:
             _check_value(where, name, group[name])
-    on = [s for s, _ in _active(steppers, group)]
-    for s in steppers:
+    on = [s for s, _ in _active(opt.steppers, group)]
+    for s in opt.steppers:
         flags = [name for name in s.hypers if group[name] is True and s not in on]
         if flags:
             raise ValueError(f"{where}: {flags[0]}=True does nothing while "
@@ -138,8 +138,7 @@ class _Groups(torch.optim.Optimizer):
         """Add a group: a dict of "params" and of hyper-parameters of its own."""
         where = f"{type(self).__name__}, group {len(self.param_groups)}"
         _refuse_unknown(where, param_group, self.hypers, also=_TORCH_KEYS)
-        full = {**self.defaults, **param_group}
-        _check_group(where, self.steppers, self.hypers, full)
+        _check_group(where, self, {**self.defaults, **param_group})
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict):
@@ -297,12 +296,13 @@ def _restart(make, optimizer, params):
     return fresh
 
 
-def _apart(ours, theirs, atol):
+def _compare(t, ours, theirs, atol):
     for k, (p, q) in enumerate(zip(ours, theirs)):
         far = (p - q).abs().max().item()
         if not far <= atol:
-            return (f"group {k // 2}, parameter {k % 2}: {far:.3g} apart, "
-                    f"tolerance {atol:g}")
+            raise AssertionError(
+                f"the paths part at step {t}, group {k // 2}, parameter {k % 2}: "
+                f"{far:.3g} apart, tolerance {atol:g}")
 
 # %% ../nbs/01-sgd.ipynb #check-same-path
 def check_same_path(make_ours, make_theirs, steps=100, atol=1e-12,
@@ -343,7 +343,6 @@ def check_same_path(make_ours, make_theirs, steps=100, atol=1e-12,
                 silent = k == 1 or (k == 3 and t % 3 != 0)
                 p.grad = None if silent else curves[k].abs() * p.detach() + jump[k]
             opt.step()
-        if where := _apart(*paths, atol):
-            raise AssertionError(f"the paths part at step {t}, {where}")
+        _compare(t, *paths, atol)
     names = " and ".join(f"{type(o).__module__}.{type(o).__name__}" for o in both)
     print(f"{names}: one path for {steps} steps (tolerance {atol:g})")

@@ -38,7 +38,8 @@ class Record:
     config_hash : str
         16 hexadecimal digits of the settings' SHA-256, see :func:`config_hash`.
     recipe : int
-        The version of the task's recipe, raised by hand when a change of code moves the numbers.
+        The version of the task's recipe, raised by hand when a change of code moves the
+        numbers.
     history : list of dict
         A row an epoch, as :class:`nbutils.learner.Learner` keeps it.
     curve : dict of str to list
@@ -46,7 +47,8 @@ class Record:
     metrics : dict of str to float
         Final figures; errors and accuracies are shares in [0, 1].
     seconds : float
-        Training and evaluation, without data preparation; over all sessions of a resumed run.
+        Training and evaluation, without data preparation; over all sessions of a
+        resumed run.
     device, precision : str
     versions : dict of str to str
     commit, code_hash : str
@@ -103,7 +105,9 @@ def write_record(record, folder):
     """
     path = Path(folder) / record.path
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    handle, part = tempfile.mkstemp(
+        dir=path.parent, prefix=f".{path.name}.", suffix=".part"
+    )
     try:
         with os.fdopen(handle, "w") as f:
             f.write(json.dumps(dataclasses.asdict(record), indent=1) + "\n")
@@ -113,7 +117,9 @@ def write_record(record, folder):
         try:
             os.link(part, path)
         except FileExistsError:
-            raise FileExistsError(f"{path} exists: a record is never overwritten; move it away to run the cell again") from None
+            raise FileExistsError(
+                f"{path} exists: a record is never overwritten; move it away to run the cell again"
+            ) from None
     finally:
         os.unlink(part)
     return path
@@ -125,44 +131,74 @@ def read_record(path):
     Raises
     ------
     ValueError
-        Naming the file and what is wrong: not JSON, a field missing or unknown, in another cell's place, or a settings' hash
-        that does not fit the settings.
+        Naming the file and what is wrong: not JSON, a field missing or unknown, in
+        another cell's place, or a settings' hash that does not fit the settings.
     """
     path = Path(path)
     try:
         fields = json.loads(path.read_text())
         record = Record(**fields)
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
-        raise ValueError(f"{path} is not a record ({error}): delete it, or restore it from the repository") from None
+        raise ValueError(
+            f"{path} is not a record ({error}): delete it, or restore it from the repository"
+        ) from None
     if Path(*path.parts[-4:]) != record.path:
-        raise ValueError(f"{path} says that it is {record.path}: a record must lie in its own cell's place")
+        raise ValueError(
+            f"{path} says that it is {record.path}: a record must lie in its own cell's place"
+        )
     found = config_hash(record.config)
     if found != record.config_hash:
-        raise ValueError(f"{path}: its settings hash to {found}, but it says {record.config_hash}: it was edited by hand")
+        raise ValueError(
+            f"{path}: its settings hash to {found}, but it says {record.config_hash}: it was edited by hand"
+        )
     return record
 
 
 def read_records(folder, task="*", size="*", row="*"):
-    """Read all records of a task, size and row below ``folder``; a list sorted by task, size, row and seed."""
-    paths = (p for p in Path(folder).glob(f"{task}/{size}/{row}/*.json") if p.stem.isdigit())
-    return sorted((read_record(p) for p in paths), key=lambda r: (r.task, r.size, r.row, r.seed))
+    """Read all records of a task, size and row below ``folder``.
+
+    A list sorted by task, size, row and seed.
+    """
+    paths = (
+        p for p in Path(folder).glob(f"{task}/{size}/{row}/*.json") if p.stem.isdigit()
+    )
+    return sorted(
+        (read_record(p) for p in paths), key=lambda r: (r.task, r.size, r.row, r.seed)
+    )
 
 # %% ../nbs/a3-records.ipynb #describe-device
 def describe_device(device):
-    """Name a device as a person would: the card's name, or the processor's with the number of threads in use."""
+    """Name a device as a person would.
+
+    The card's name, or the processor's with the number of threads in use.
+    """
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {torch.get_num_threads()} threads" + (f", {device.type}" if device.type != "cpu" else "")
+        name = next(
+            (
+                line.split(":")[1].strip()
+                for line in lines
+                if line.startswith("model name")
+            ),
+            name,
+        )
+    return f"{name}, {torch.get_num_threads()} threads" + (
+        f", {device.type}" if device.type != "cpu" else ""
+    )
 
 
 def versions():
-    """Return the versions of Python, torch, torchvision and nbutils, and the platform, as a dict of strings."""
-    found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
+    """Return the versions of Python, torch, torchvision and nbutils, and the platform,
+    as a dict of strings.
+    """
+    found = {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
     for name in ("torch", "torchvision", "nbutils"):
         try:
             found[name] = metadata.version(name)
@@ -172,16 +208,27 @@ def versions():
 
 
 def code_state():
-    """Return (commit, code_hash): the checkout's commit, with a + if files changed since, and the SHA-256 of nbutils' files."""
+    """Return (commit, code_hash).
+
+    The checkout's commit, with a + if files changed since, and the SHA-256 of nbutils'
+    files.
+    """
     here = Path(nbutils.__file__).parent
-    digest = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(here.glob("*.py")))).hexdigest()[:16]
+    digest = hashlib.sha256(
+        b"".join(p.read_bytes() for p in sorted(here.glob("*.py")))
+    ).hexdigest()[:16]
 
     def git(*words):
-        done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True)
+        done = subprocess.run(
+            ["git", "-C", str(here), *words], capture_output=True, text=True
+        )
         return done.stdout.strip() if done.returncode == 0 else None
 
     try:
-        commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", str(here))
+        commit, changed = (
+            git("rev-parse", "HEAD"),
+            git("status", "--porcelain", "--", str(here)),
+        )
     except FileNotFoundError:
         commit = None
     if commit is None:
@@ -189,8 +236,37 @@ def code_state():
     return commit + ("+" if changed else ""), digest
 
 # %% ../nbs/a3-records.ipynb #interval
-_T95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281, 2.2010, 2.1788, 2.1604, 2.1448, 2.1314,
-        2.1199, 2.1098, 2.1009, 2.0930, 2.0860, 2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452)
+_T95 = (
+    12.7062,
+    4.3027,
+    3.1824,
+    2.7764,
+    2.5706,
+    2.4469,
+    2.3646,
+    2.3060,
+    2.2622,
+    2.2281,
+    2.2010,
+    2.1788,
+    2.1604,
+    2.1448,
+    2.1314,
+    2.1199,
+    2.1098,
+    2.1009,
+    2.0930,
+    2.0860,
+    2.0796,
+    2.0739,
+    2.0687,
+    2.0639,
+    2.0595,
+    2.0555,
+    2.0518,
+    2.0484,
+    2.0452,
+)
 
 
 @dataclass(frozen=True)
@@ -203,7 +279,9 @@ class Interval:
 
     def format(self, digits=2):
         """Write mean ± half width, or the mean alone when n is 1."""
-        return f"{self.mean:.{digits}f}" + ("" if math.isnan(self.half) else f" ± {self.half:.{digits}f}")
+        return f"{self.mean:.{digits}f}" + (
+            "" if math.isnan(self.half) else f" ± {self.half:.{digits}f}"
+        )
 
 
 def mean_interval(values):
@@ -212,7 +290,8 @@ def mean_interval(values):
     Parameters
     ----------
     values : sequence of float
-        One a run, at least one. From 31 on the quantile of 30 is used, which is a little too wide.
+        One a run, at least one. From 31 on the quantile of 30 is used, which is a
+        little too wide.
 
     Returns
     -------
@@ -254,29 +333,49 @@ class Table:
 
     def __init__(self, header, rows, caption=""):
         self.header, self.caption = list(header), caption
-        self.rows = [[c if isinstance(c, Cell) else Cell(str(c)) for c in row] for row in rows]
+        self.rows = [
+            [c if isinstance(c, Cell) else Cell(str(c)) for c in row] for row in rows
+        ]
 
     def __str__(self):
         lines = [self.header, *([c.text for c in row] for row in self.rows)]
         widths = [max(len(line[i]) for line in lines) for i in range(len(self.header))]
-        body = ["  ".join(text.ljust(w) for text, w in zip(line, widths)).rstrip() for line in lines]
-        return "\n".join([self.caption] * bool(self.caption) + [body[0], "  ".join("-" * w for w in widths), *body[1:]])
+        body = [
+            "  ".join(text.ljust(w) for text, w in zip(line, widths)).rstrip()
+            for line in lines
+        ]
+        return "\n".join(
+            [self.caption] * bool(self.caption)
+            + [body[0], "  ".join("-" * w for w in widths), *body[1:]]
+        )
 
     __repr__ = __str__
 
     def to_markdown(self):
         """Return the table as Markdown, without links."""
-        lines = [self.header, ["---"] * len(self.header), *([c.text for c in row] for row in self.rows)]
+        lines = [
+            self.header,
+            ["---"] * len(self.header),
+            *([c.text for c in row] for row in self.rows),
+        ]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
     def _repr_html_(self):
         def show(cell):
             text = html.escape(cell.text)
-            return f'<td><a href="{html.escape(cell.link)}">{text}</a></td>' if cell.link else f"<td>{text}</td>"
+            return (
+                f'<td><a href="{html.escape(cell.link)}">{text}</a></td>'
+                if cell.link
+                else f"<td>{text}</td>"
+            )
 
         head = "".join(f'<th scope="col">{html.escape(h)}</th>' for h in self.header)
-        body = "".join("<tr>" + "".join(show(c) for c in row) + "</tr>" for row in self.rows)
-        caption = f"<caption>{html.escape(self.caption)}</caption>" if self.caption else ""
+        body = "".join(
+            "<tr>" + "".join(show(c) for c in row) + "</tr>" for row in self.rows
+        )
+        caption = (
+            f"<caption>{html.escape(self.caption)}</caption>" if self.caption else ""
+        )
         return f'<table class="table">{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 # %% ../nbs/a3-records.ipynb #table
@@ -290,7 +389,8 @@ def table(records, rows, columns, published=None, caption="", base="../book/runs
     rows : sequence of str
         Which rows, in which order; those without records say "not run".
     columns : dict of str to (str, float, int)
-        Metric name to (heading, factor, digits); a factor of 100 shows shares in per cent.
+        Metric name to (heading, factor, digits); a factor of 100 shows shares in per
+        cent.
     published : dict of str to dict of str to str, optional
         Row to metric to the published figure, shown beside ours.
     caption : str
@@ -308,7 +408,9 @@ def table(records, rows, columns, published=None, caption="", base="../book/runs
     """
     kinds = {(r.task, r.size) for r in records}
     if len(kinds) > 1:
-        raise ValueError(f"a table never mixes tasks or sizes, and these records are of {sorted(kinds)}: filter them first")
+        raise ValueError(
+            f"a table never mixes tasks or sizes, and these records are of {sorted(kinds)}: filter them first"
+        )
     header, lines = ["row"], []
     for metric, (heading, _, _) in columns.items():
         header += [heading] + [f"{heading}, published"] * (published is not None)
@@ -316,7 +418,11 @@ def table(records, rows, columns, published=None, caption="", base="../book/runs
         mine, line = [r for r in records if r.row == row], [row]
         for metric, (_, factor, digits) in columns.items():
             values = [factor * r.metrics[metric] for r in mine if metric in r.metrics]
-            line.append(_cell(mine[0], values, digits, base) if values else Cell("not run" if not mine else "–"))
+            line.append(
+                _cell(mine[0], values, digits, base)
+                if values
+                else Cell("not run" if not mine else "–")
+            )
             if published is not None:
                 line.append(published.get(row, {}).get(metric, "–"))
         lines.append(line + [str(len(mine))])
@@ -324,4 +430,7 @@ def table(records, rows, columns, published=None, caption="", base="../book/runs
 
 
 def _cell(record, values, digits, base):
-    return Cell(mean_interval(values).format(digits), f"{base}#{record.task}-{record.size}-{record.row}")
+    return Cell(
+        mean_interval(values).format(digits),
+        f"{base}#{record.task}-{record.size}-{record.row}",
+    )
