@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "core": (
-        "check_close COLORS default_device Picture plot_style seed_everything "
+        "check_close COLORS default_device plot_style seed_everything "
         "show synchronize time_it Timing unknown"
     ),
     "files": "cached ChecksumError data_home download DownloadError members verify",

@@ -24,7 +24,7 @@ from nbutils.experiment import (
     run,
     runs_folder,
 )
-from .records import read_records, table
+from .records import read_records
 
 # %% ../nbs/a4-command.ipynb #parse-seeds
 def parse_seeds(text):
@@ -51,11 +51,20 @@ def parse_seeds(text):
 
 # %% ../nbs/a4-command.ipynb #missing
 def missing(names=TASKS, sizes=SIZES, folder=None):
-    """List what is not run yet: (task, size, row, seeds) for each row that lacks seeds,
-    most wanted first.
+    """List what is not run yet, most wanted first.
 
-    Rows of grids and other extras are wanted once; the rest as often as their task says
-    for the size.
+    Parameters
+    ----------
+    names, sizes : sequence of str
+        Tasks, and sizes from small to large; the largest is listed first.
+    folder : Path, optional
+        Of the records; as in :func:`nbutils.experiment.records_folder`.
+
+    Returns
+    -------
+    list of (str, str, str, list of int)
+        Task, size, row and the seeds that it lacks. Rows of grids are wanted once, the
+        others as often as their task says for the size.
     """
     found = []
     for name in names:
@@ -148,23 +157,9 @@ def _todo(args):
 
 def _table(args):
     task = get_task(args.task)
-    rows = [
-        c.row
-        for c in task.configs
-        if c.size == args.size and (args.grids or not c.row.startswith("grid-"))
-    ]
-    if not rows:
-        task.config("", args.size)
-    published = task.published if args.size == "full" else None
-    print(
-        table(
-            task.records(args.size),
-            rows,
-            task.columns,
-            published,
-            caption=f"{task.name}, size {args.size}",
-        )
-    )
+    grids = [c.row for c in task.configs if c.row.startswith("grid-")]
+    rows = task.rows(args.size) or task.config("", args.size)
+    print(task.table(args.size, rows + grids * args.grids))
     return 0
 
 

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'seed_everything', 'default_device', 'check_close', 'unknown', 'Timing', 'synchronize', 'time_it',
-           'plot_style', 'Picture', 'show']
+           'plot_style', 'show']
 
 # %% ../nbs/a1-conventions.ipynb #imports
 import difflib
 import html
 import io
 import random
+import re
 import statistics
 import time
 from dataclasses import dataclass
@@ -64,21 +65,29 @@ def check_close(actual, expected, atol, rtol=0.0, what="the two"):
     Raises
     ------
     AssertionError
-        With the largest difference, its place and both values; also for shapes that differ and for NaN.
+        With the largest difference, its place and both values; also for shapes that
+        differ and for NaN.
     """
-    a, b = (torch.as_tensor(x).detach().to("cpu", torch.float64) for x in (actual, expected))
+    a, b = (
+        torch.as_tensor(x).detach().to("cpu", torch.float64) for x in (actual, expected)
+    )
     if a.shape != b.shape:
-        raise AssertionError(f"{what}: shapes differ, {tuple(a.shape)} against {tuple(b.shape)}")
+        raise AssertionError(
+            f"{what}: shapes differ, {tuple(a.shape)} against {tuple(b.shape)}"
+        )
     difference = (a - b).abs()
     bad = ~((difference <= atol + rtol * b.abs()) | (a == b))
     if bad.any():
         worst = int(torch.where(bad, difference.nan_to_num(torch.inf), -1.0).argmax())
         place = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), a.shape))
         x, y = a.flatten()[worst].item(), b.flatten()[worst].item()
-        raise AssertionError(f"{what} differ by {abs(x - y):.3g} at {place or 'their only element'}: "
-                             f"{x!r} against {y!r} (tolerance {atol:g} + {rtol:g} x size)")
+        raise AssertionError(
+            f"{what} differ by {abs(x - y):.3g} at {place or 'their only element'}: "
+            f"{x!r} against {y!r} (tolerance {atol:g} + {rtol:g} x size)"
+        )
     tolerance = f"{atol:g}" + (f" + {rtol:g} x size" if rtol else "")
-    print(f"{what} are equal" if (difference == 0).all() else f"{what} agree within {tolerance}")
+    equal = atol == 0 and rtol == 0
+    print(f"{what} are equal" if equal else f"{what} agree within {tolerance}")
 
 # %% ../nbs/a1-conventions.ipynb #unknown
 def unknown(kind, name, known):
@@ -102,7 +111,9 @@ def unknown(kind, name, known):
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     rest = [k for k in known if k not in near]
-    return f"unknown {kind} {name!r}.{hint} There are: {', '.join(near + rest) or 'none'}."
+    return (
+        f"unknown {kind} {name!r}.{hint} There are: {', '.join(near + rest) or 'none'}."
+    )
 
 # %% ../nbs/a1-conventions.ipynb #timing
 @dataclass(frozen=True)
@@ -164,30 +175,64 @@ def time_it(call, warmup=3, repeat=10, device="cpu"):
     return Timing(statistics.median(seconds), min(seconds), max(seconds), repeat)
 
 # %% ../nbs/a1-conventions.ipynb #plot-style
-COLORS = {"sgd": "#7f7f7f", "adam": "#0072b2", "adamw": "#e69f00", "amsgrad": "#009e73", "torch": "#000000",
-          "sky": "#56b4e9", "red": "#d55e00", "pink": "#cc79a7"}
+COLORS = {
+    "sgd": "#7f7f7f",
+    "adam": "#0072b2",
+    "adamw": "#e69f00",
+    "amsgrad": "#009e73",
+    "torch": "#000000",
+    "sky": "#56b4e9",
+    "red": "#d55e00",
+    "pink": "#cc79a7",
+}
 _INK = "#808080"
 
 
 def plot_style():
-    """Set matplotlib's style for the book: 5.5 x 3.2 in, 9 pt, light grid, transparent ground, stable SVG."""
+    """Set matplotlib's style for the book.
+
+    5.5 x 3.2 in, 9 pt, light grid, transparent ground, stable SVG.
+    """
     import matplotlib
     from cycler import cycler
 
-    matplotlib.rcParams.update({
-        "figure.figsize": (5.5, 3.2), "figure.dpi": 120, "figure.facecolor": "none", "axes.facecolor": "none",
-        "savefig.facecolor": "none", "figure.constrained_layout.use": True,
-        "font.size": 9, "axes.titlesize": 9.5, "axes.titlelocation": "left", "legend.fontsize": 8,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-        "grid.color": _INK, "grid.alpha": 0.25, "grid.linewidth": 0.6, "lines.linewidth": 1.6,
-        "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _INK, "axes.titlecolor": _INK,
-        "xtick.color": _INK, "ytick.color": _INK, "legend.frameon": False, "legend.labelcolor": _INK,
-        "axes.prop_cycle": cycler(color=[c for k, c in COLORS.items() if k != "torch"]),
-        "svg.hashsalt": "weighing-adam", "svg.fonttype": "path",
-    })
+    matplotlib.rcParams.update(
+        {
+            "figure.figsize": (5.5, 3.2),
+            "figure.dpi": 120,
+            "figure.facecolor": "none",
+            "axes.facecolor": "none",
+            "savefig.facecolor": "none",
+            "figure.constrained_layout.use": True,
+            "font.size": 9,
+            "axes.titlesize": 9.5,
+            "axes.titlelocation": "left",
+            "legend.fontsize": 8,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.color": _INK,
+            "grid.alpha": 0.25,
+            "grid.linewidth": 0.6,
+            "lines.linewidth": 1.6,
+            "text.color": _INK,
+            "axes.labelcolor": _INK,
+            "axes.edgecolor": _INK,
+            "axes.titlecolor": _INK,
+            "xtick.color": _INK,
+            "ytick.color": _INK,
+            "legend.frameon": False,
+            "legend.labelcolor": _INK,
+            "axes.prop_cycle": cycler(
+                color=[c for k, c in COLORS.items() if k != "torch"]
+            ),
+            "svg.hashsalt": "weighing-adam",
+            "svg.fonttype": "path",
+        }
+    )
 
 # %% ../nbs/a1-conventions.ipynb #picture
-class Picture:
+class _Picture:
     """A drawn figure with its alt text, as a notebook shows it."""
 
     def __init__(self, data, kind, alt):
@@ -200,8 +245,10 @@ class Picture:
         import base64
 
         body = base64.b64encode(self.data).decode()
-        return (f'<img class="figure" alt="{html.escape(self.alt, quote=True)}" '
-                f'src="data:image/{self.kind};base64,{body}">')
+        return (
+            f'<img class="figure" alt="{html.escape(self.alt, quote=True)}" '
+            f'src="data:image/{self.kind};base64,{body}">'
+        )
 
 
 def show(fig, alt, kind="svg"):
@@ -217,7 +264,7 @@ def show(fig, alt, kind="svg"):
 
     Returns
     -------
-    Picture
+    object
         Shown by a notebook when it ends a cell.
     """
     import matplotlib.pyplot as plt
@@ -230,4 +277,7 @@ def show(fig, alt, kind="svg"):
     metadata = {"Date": None} if kind == "svg" else {"Software": None}
     fig.savefig(out, format=kind, dpi=120, metadata=metadata)
     plt.close(fig)
-    return Picture(out.getvalue(), "svg+xml" if kind == "svg" else "png", alt)
+    data = out.getvalue()
+    if kind == "svg":  # two decimals of a point are finer than any screen
+        data = re.sub(rb"(\d\.\d\d)\d+", rb"\1", data)
+    return _Picture(data, "svg+xml" if kind == "svg" else "png", alt)

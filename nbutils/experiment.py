@@ -31,6 +31,7 @@ from nbutils.records import (
     describe_device,
     read_record,
     read_records,
+    table,
     versions,
     write_record,
 )
@@ -87,6 +88,8 @@ class Task:
         Row to metric to the article's figure, as text.
     seeds : dict of str to int
         How many seeds are wanted for each size.
+    measures : callable
+        ``(config, metric) -> bool``: whether a row has that metric at all.
     """
 
     name: str
@@ -100,6 +103,7 @@ class Task:
     seeds: dict = field(
         default_factory=lambda: {"smoke": 1, "laptop": 3, "colab": 1, "full": 5}
     )
+    measures: Callable = lambda config, metric: True
 
     def config(self, row, size):
         """Return a row's settings.
@@ -141,6 +145,30 @@ class Task:
             for r in read_records(folder or records_folder(), self.name, size)
             if self.counts(r)
         ]
+
+    def rows(self, size):
+        """Return the names of a size's rows in the order of want, without the grids."""
+        names = (c.row for c in self.configs if c.size == size)
+        return [name for name in names if not name.startswith("grid-")]
+
+    def table(self, size, rows=None, columns=None, folder=None, caption=""):
+        """Return a table of one size; published figures stand beside the size full.
+
+        Parameters
+        ----------
+        size : str
+        rows, columns : sequence of str, optional
+            All rows without the grids, and all metrics, if not given.
+        folder : Path, optional
+            As in :meth:`records`.
+        caption : str
+        """
+        chosen = {name: self.columns[name] for name in columns or self.columns}
+        dashes = {(c.row, name) for c in self.configs for name in chosen
+                  if c.size == size and not self.measures(c, name)}
+        return table(self.records(size, folder), rows or self.rows(size), chosen,
+                     published=self.published if size == "full" else None,
+                     dashes=dashes, caption=caption or f"{self.name}, size {size}")
 
 # %% ../nbs/09-experiments.ipynb #register
 TASKS = ("cifar10",)

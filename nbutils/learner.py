@@ -193,10 +193,14 @@ class _Hypers:
 
 # %% ../nbs/07-learner.ipynb #accuracy
 def accuracy(outputs, targets):
-    """Return the share of rows of outputs [n, classes] whose largest entry is at
-    targets [n].
+    """Return the share of right answers, as a 0-d tensor on the outputs' device.
 
-    A 0-d tensor on the outputs' device.
+    Parameters
+    ----------
+    outputs : Tensor [n, classes]
+        The answer is each row's largest entry.
+    targets : Tensor [n]
+        int64 class numbers.
     """
     return (outputs.argmax(1) == targets).float().mean()
 

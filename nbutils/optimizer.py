@@ -40,8 +40,8 @@ def stepper(function=None, *, state=(), skip_at_zero=None):
     arguments = inspect.signature(function).parameters.values()
     plain = [a.name for a in arguments if a.kind is not a.KEYWORD_ONLY]
     if len(plain) != 3:
-        raise TypeError(f"{function.__name__}({', '.join(plain)}) is no stepper: it must "
-                        "take p, g, state, then * and its hyper-parameters")
+        raise TypeError(f"{function.__name__}({', '.join(plain)}) is no stepper: it "
+                        "must take p, g, state, then * and its hyper-parameters")
     function.hypers = {a.name: a.default for a in arguments
                        if a.kind is a.KEYWORD_ONLY}
     if skip_at_zero is not None and skip_at_zero not in function.hypers:
@@ -131,8 +131,7 @@ class _Groups(torch.optim.Optimizer):
         _refuse_unknown(where, hypers, self.hypers)
         given = self.__signature__.bind_partial(params, *args, **hypers)
         given.apply_defaults()
-        given.arguments.pop("params")
-        super().__init__(params, dict(given.arguments))
+        super().__init__(given.arguments.pop("params"), given.arguments)
 
     def add_param_group(self, param_group):
         """Add a group: a dict of "params" and of hyper-parameters of its own."""
@@ -203,6 +202,9 @@ def _with_gradients(opt):
         if any(p.grad.layout is not torch.strided for p in params):
             raise RuntimeError(f"{type(opt).__name__}, group {i}: a sparse gradient; "
                                "use nn.Embedding(..., sparse=False)")
+        if any(p.is_complex() for p in params):
+            raise RuntimeError(f"{type(opt).__name__}, group {i}: a complex parameter; "
+                               "store torch.view_as_real of it as the parameter")
     return work
 
 

@@ -155,9 +155,23 @@ def read_record(path):
 
 
 def read_records(folder, task="*", size="*", row="*"):
-    """Read all records of a task, size and row below ``folder``.
+    """Read all records below a folder, checking each.
 
-    A list sorted by task, size, row and seed.
+    Parameters
+    ----------
+    folder : Path
+    task, size, row : str
+        Names, or patterns such as ``grid-*``.
+
+    Returns
+    -------
+    list of Record
+        Sorted by task, size, row and seed.
+
+    Raises
+    ------
+    ValueError
+        As :func:`read_record`, for the first that is not whole.
     """
     paths = (
         p for p in Path(folder).glob(f"{task}/{size}/{row}/*.json") if p.stem.isdigit()
@@ -379,7 +393,8 @@ class Table:
         return f'<table class="table">{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 # %% ../nbs/a3-records.ipynb #table
-def table(records, rows, columns, published=None, caption="", base="../book/runs.html"):
+def table(records, rows, columns, *, published=None, dashes=(), caption="",
+          base="../book/runs.html"):
     """Sum up records, one line a row of the task.
 
     Parameters
@@ -393,6 +408,8 @@ def table(records, rows, columns, published=None, caption="", base="../book/runs
         cent.
     published : dict of str to dict of str to str, optional
         Row to metric to the published figure, shown beside ours.
+    dashes : collection of (str, str)
+        The (row, metric) pairs that do not exist; they show a dash.
     caption : str
     base : str
         The page that lists the runs; cells link to it.
@@ -406,24 +423,21 @@ def table(records, rows, columns, published=None, caption="", base="../book/runs
     ValueError
         If the records are of several tasks or sizes.
     """
-    kinds = {(r.task, r.size) for r in records}
+    kinds = sorted({(r.task, r.size) for r in records})
     if len(kinds) > 1:
-        raise ValueError(
-            f"a table never mixes tasks or sizes, and these records are of {sorted(kinds)}: filter them first"
-        )
+        raise ValueError(f"a table never mixes tasks or sizes, and these records are of "
+                         f"{kinds}: filter them first")
+    beside = {metric for known in (published or {}).values() for metric in known}
     header, lines = ["row"], []
     for metric, (heading, _, _) in columns.items():
-        header += [heading] + [f"{heading}, published"] * (published is not None)
+        header += [heading] + [f"{heading}, published"] * (metric in beside)
     for row in rows:
         mine, line = [r for r in records if r.row == row], [row]
         for metric, (_, factor, digits) in columns.items():
             values = [factor * r.metrics[metric] for r in mine if metric in r.metrics]
-            line.append(
-                _cell(mine[0], values, digits, base)
-                if values
-                else Cell("not run" if not mine else "–")
-            )
-            if published is not None:
+            nothing = "–" if mine or (row, metric) in dashes else "not run"
+            line.append(_cell(mine[0], values, digits, base) if values else nothing)
+            if metric in beside:
                 line.append(published.get(row, {}).get(metric, "–"))
         lines.append(line + [str(len(mine))])
     return Table(header + ["n"], lines, caption)

@@ -27,10 +27,9 @@ class Block(nn.Module):
 
     Notes
     -----
-    With ``a = relu(bn1(x))`` it gives ``0.2 * conv2(relu(bn2(conv1(a)))) + shortcut(a)``.
-    The shortcut is a 1x1 convolution where width or size change, else the identity. In
-    wide resnets (Zagoruyko & Komodakis 2016) nothing is scaled, and the identity
-    carries x, not a.
+    With ``a = relu(bn1(x))``:  ``0.2 * conv2(relu(bn2(conv1(a)))) + shortcut(a)``. The
+    shortcut is a 1x1 convolution where width or size change, else the identity. In wide
+    resnets (Zagoruyko & Komodakis 2016) nothing is scaled, and the identity carries x.
     """
 
     def __init__(self, inputs, outputs, stride=1):
@@ -65,8 +64,8 @@ class WideResNet(nn.Module):
     channels, classes : int
         Of the images and of the output.
     gamma : {"2018", "ones"}
-        How the norms' weights begin. torch 0.4 drew them from U(0, 1); in the net of 2018
-        this held for each block's first norm and for the last one, while the norms
+        How the norms' weights begin. torch 0.4 drew them from U(0, 1); in the net of
+        2018 this held for each block's first norm and for the last one, while the norms
         inside the blocks were set to 1. "ones" is today's torch: 1 everywhere.
 
     Raises
@@ -94,7 +93,7 @@ class WideResNet(nn.Module):
                 nn.init.uniform_(norm.weight)
 
     def forward(self, x):                                   # [b, channels, h, w]
-        x = F.relu(self.bn(self.groups(self.stem(x))))      # [b, 64 widen, h / 4, w / 4]
+        x = F.relu(self.bn(self.groups(self.stem(x))))      # [b, 64 widen, h/4, w/4]
         return self.head(x.mean((2, 3)))                    # [b, classes]
 
 
