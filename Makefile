@@ -43,15 +43,16 @@ run-notebooks: export  ## export, then run all notebooks in order and store thei
 check-notebooks: $(READY)  ## check what the notebooks store, without running them
 	$(BIN)/python tools/nb.py check
 
-records: $(READY)  ## write book/runs.md from book/records
+records: $(READY)  ## write the pages of runs and speed from book/records
 	$(BIN)/python tools/records_page.py
+	$(BIN)/python tools/speed_page.py
 
 tables: $(READY)  ## bring README's tables up to the records
 	$(BIN)/python tools/readme_tables.py
 
 book: export records  ## build the book; warnings are errors
 	$(BIN)/jupyter-book build . --all -W -n --keep-going
-	@rm -rf $(SITE)/records
+	@mkdir -p book/records; rm -rf $(SITE)/records
 	cp -R book/records $(SITE)/records
 	$(BIN)/python tools/check_site.py $(SITE)
 	@echo
@@ -66,6 +67,6 @@ bench: $(BENCH_READY)  ## measure our loop against others (installs them in .ben
 	$(BENCH)/bin/python bench/bench.py $(ARGS)
 
 clean:  ## remove what was built; environments and data stay
-	rm -rf _build .pytest_cache book/runs.md
+	rm -rf _build .pytest_cache book/runs.md book/speed.md
 	find nbs nbutils tests tools book -name __pycache__ -prune -exec rm -rf {} +
 	find nbs -name .ipynb_checkpoints -prune -exec rm -rf {} +

@@ -2,7 +2,9 @@
 
 It stands in the root, because hooks of tests/conftest.py would not see what runs in nbs/.
 """
+import base64
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -54,13 +56,21 @@ class NotebookBudget:
                 f"{SLOWER}=2 on a machine that is slow or busy")
 
 
+PICTURE = re.compile(r"data:image/(svg\+xml|png);base64,([A-Za-z0-9+/=]+)")
+
+
+def comparable(match):
+    """An embedded picture as nbval should see it: SVG as text, PNG (never compared) as a word."""
+    return base64.b64decode(match[2]).decode("utf-8") if match[1] == "svg+xml" else "data:png"
+
+
 def pytest_configure(config):
     config.pluginmanager.register(NotebookBudget(budget_seconds()), "notebook-budget")
     if not (config.option.nbval or config.option.nbval_lax):
         return
-    from nbval.plugin import IPyNbFile
+    from nbval.plugin import IPyNbCell, IPyNbFile
 
-    start_kernel = IPyNbFile.setup
+    start_kernel, sanitize = IPyNbFile.setup, IPyNbCell.sanitize
 
     def setup(self):
         """Start the kernel where it sees no graphics processor, as tools/nb.py does."""
@@ -71,5 +81,10 @@ def pytest_configure(config):
         finally:
             os.environ.pop(CUDA) if seen is None else os.environ.update({CUDA: seen})
 
-    IPyNbFile.setup = setup
+    def sanitize_pictures(self, text):
+        """Look into embedded pictures, so that tests/nbval_sanitize.cfg applies to them too."""
+        return sanitize(self, PICTURE.sub(comparable, text) if isinstance(text, str) else text)
+
+    IPyNbFile.setup, IPyNbCell.sanitize = setup, sanitize_pictures
     config.add_cleanup(lambda: setattr(IPyNbFile, "setup", start_kernel))
+    config.add_cleanup(lambda: setattr(IPyNbCell, "sanitize", sanitize))

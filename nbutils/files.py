@@ -21,8 +21,6 @@ import warnings
 import zlib
 from pathlib import Path
 
-import torch
-
 # %% ../nbs/a2-files.ipynb #checksumerror
 class ChecksumError(ValueError):
     """A file's bytes are not the expected ones; see `path`, `kind`, `expected`, `found`."""
@@ -58,7 +56,7 @@ def verify(path, *, sha256=None, md5=None, raw=None):
     if (sha256 is None) == (md5 is None):
         raise TypeError("verify needs exactly one of sha256= and md5=")
     kind, expected = ("sha256", sha256) if sha256 else ("md5", md5)
-    digest = hashlib.new(kind, raw or b"", usedforsecurity=False)
+    digest = hashlib.new(kind, raw or b"", usedforsecurity=False)  # strict systems lack md5
     if raw is None:
         with open(path, "rb") as file:
             hashlib.file_digest(file, lambda: digest)
@@ -97,13 +95,6 @@ def _size(path):
     return path.stat().st_size if path.exists() else 0
 
 
-def _is_good(path, checksum):
-    try:
-        return bool(verify(path, **checksum))
-    except (OSError, ChecksumError):
-        return False
-
-
 def _fetch(url, part, timeout):
     """Append to the file `part` what it lacks of `url`."""
     done = _size(part)
@@ -132,9 +123,15 @@ def _bar(total):
         return lambda done: None
     from fastprogress import progress_bar
 
-    bar = progress_bar(range(total >> 20))   # counts mebibytes
-    bar.update(0)
-    return lambda done: bar.update(done >> 20) if done >> 20 else None
+    bar, shown = progress_bar(range(total >> 20)), [-1]
+
+    def move(done):
+        if done >> 20 > shown[-1]:           # it counts mebibytes
+            shown[-1] = done >> 20
+            bar.update(shown[-1])
+
+    move(0)
+    return move
 
 # %% ../nbs/a2-files.ipynb #from-mirror
 _DISK = {errno.ENOSPC, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES,
@@ -187,6 +184,13 @@ def _locked(path):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
+
+def _is_good(path, checksum):
+    try:
+        return bool(_size(path) and verify(path, **checksum))
+    except ChecksumError:
+        return False
+
 # %% ../nbs/a2-files.ipynb #download
 def download(urls, path, *, sha256=None, md5=None, timeout=30):
     """Fetch a file from the first mirror that gives the right bytes.
@@ -225,7 +229,7 @@ def download(urls, path, *, sha256=None, md5=None, timeout=30):
         _writable(path.parent)
         with _locked(path):
             part = Path(f"{path}.part")
-            if _size(part) and _is_good(part, checksum):    # killed before the rename
+            if _is_good(part, checksum):
                 os.replace(part, path)
             for url in [] if path.exists() else urls:
                 reasons[url] = _from_mirror(url, part, timeout, checksum)
@@ -263,8 +267,8 @@ def members(source, names):
                 yield source / member.name, name, tar.extractfile(member).read()
 
 # %% ../nbs/a2-files.ipynb #crc
-def _crc(tensors):
-    return [zlib.crc32(t.numpy()) for t in tensors.values() if torch.is_tensor(t)]
+def _crc(made):
+    return [zlib.crc32(v.numpy()) for v in made.values() if hasattr(v, "numpy")]
 
 
 def cached(path, made_from, make):
@@ -286,6 +290,8 @@ def cached(path, made_from, make):
     -------
     dict
     """
+    import torch                             # here: a download alone does not need it
+
     with contextlib.suppress(Exception):     # whatever is wrong with it: make it anew
         kept = torch.load(path, weights_only=True)
         if kept["made_from"] == made_from and kept["crc"] == _crc(kept["made"]):

@@ -1,7 +1,6 @@
 """What nbutils' modules may import, how long they are, and what they promise to a reader."""
 import ast
 import importlib
-import inspect
 import re
 import subprocess
 import sys
@@ -17,11 +16,12 @@ LAYERS = [
     {"core"}, {"files", "records"}, {"optimizer"}, {"momentum"}, {"adam"}, {"amsgrad"},
     {"schedule", "data", "engines"}, {"learner"},
     {"wide_resnet", "awd_lstm", "qrnn", "cache_pointer"},
-    {"experiment"}, {"cifar10", "cars", "wikitext2"},
+    {"experiment"}, {"cifar10", "cars", "wikitext2"}, {"command"},
 ]
+TASKS = LAYERS[-2] | {"command"}
 MODELS = {"wide_resnet", "awd_lstm", "qrnn", "cache_pointer"}
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-MAX_LINES = 300
+MAX_LINES = 275  # "about 250"; docstrings, comments and blank lines are not counted
 HEAVY = ("torchvision", "matplotlib", "fastprogress", "sklearn", "pandas", "IPython")
 SECTIONS = ("Parameters", "Attributes", "Returns", "Yields", "Raises", "Notes", "See Also",
             "References", "Examples", "Warns")
@@ -82,13 +82,21 @@ def test_models_import_torch_alone(module):
     assert not others, f"nbutils.{module} imports {sorted(others)} besides torch"
 
 
+def code_lines(text):
+    """Number of a module's lines that are neither blank nor comment nor docstring."""
+    docstrings = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+            docstrings.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return sum(1 for number, line in enumerate(text.splitlines(), 1)
+               if line.strip() and not line.strip().startswith("#") and number not in docstrings)
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_modules_stay_short(module):
-    written = [line for line in source(module).splitlines()
-               if line.strip() and not line.startswith("# %%")]  # nbdev's own markers
-    if len(written) > MAX_LINES:
-        pytest.fail(f"nbutils.{module} has {len(written)} lines, blank ones not counted; "
-                    f"the limit is {MAX_LINES}", pytrace=False)
+    lines = code_lines(source(module))
+    if lines > MAX_LINES:
+        pytest.fail(f"nbutils.{module} has {lines} lines of code; the limit is {MAX_LINES}", pytrace=False)
 
 
 def test_package_loads_only_what_is_asked_for():
@@ -102,7 +110,7 @@ def test_an_optimizer_loads_nothing_heavy():
     assert fresh(program.format(heavy=HEAVY)) == []
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", sorted(set(MODULES) - TASKS))  # each task has its ROWS, its build
 def test_public_names_come_from_the_package(module):
     import nbutils
 
@@ -122,10 +130,10 @@ def test_package_table_names_nothing_else():
     assert set(nbutils.__all__) <= known | {"__version__"}
 
 
-def takes_parameters(function):
+def own_parameters(function):
     a = function.args
     names = [x.arg for x in a.posonlyargs + a.args + a.kwonlyargs if x.arg not in ("self", "cls")]
-    return bool(names or a.vararg or a.kwarg)
+    return names + [x.arg for x in (a.vararg, a.kwarg) if x]
 
 
 def decorators(node):
@@ -135,15 +143,15 @@ def decorators(node):
 
 
 def needs_sections(node):
-    """Whether its docstring must have numpy sections: it takes arguments of its own."""
+    """Whether its docstring must have numpy sections: one argument can be told in a sentence."""
     if "stepper" in decorators(node):
         return False  # (p, g, state, *, hyper-parameters): one convention for all
     if isinstance(node, ast.ClassDef) and "Error" in node.name:
         return False  # raised here, not by the reader
     if isinstance(node, ast.ClassDef):
         init = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
-        return bool(init) and takes_parameters(init[0])
-    return takes_parameters(node)
+        return bool(init) and len(own_parameters(init[0])) > 1
+    return len(own_parameters(node)) > 1
 
 
 def definitions(module):
@@ -166,20 +174,21 @@ def test_public_docstrings(module):
         elif not summary.endswith((".", "?", "!", ":")):
             wrong.append(f"{node.name}'s docstring does not begin with a sentence")
         elif needs_sections(node) and not sections:
-            wrong.append(f"{node.name} takes arguments; its docstring has no numpy section")
+            wrong.append(f"{node.name} takes several arguments; its docstring has no numpy section")
         for method in node.body if isinstance(node, ast.ClassDef) else []:
             if isinstance(method, ast.FunctionDef) and not method.name.startswith("_") \
-                    and not ast.get_docstring(method) and "overload" not in decorators(method):
-                if not inherited(module, node.name, method.name):
+                    and not ast.get_docstring(method):
+                hook = method.name.startswith(("before_", "after_"))  # the Learner says when each is called
+                if not hook and not inherited(module, node.name, method.name):
                     wrong.append(f"{node.name}.{method.name} has no docstring")
     if wrong:
         pytest.fail(f"nbutils.{module}: " + "; ".join(wrong), pytrace=False)
 
 
 def inherited(module, cls, method):
-    """Whether a base class explains the method."""
-    return bool(inspect.getdoc(getattr(getattr(
-        importlib.import_module(f"nbutils.{module}"), cls), method)))
+    """Whether a base class has the method, and so says what it is for."""
+    bases = getattr(importlib.import_module(f"nbutils.{module}"), cls).__mro__[1:]
+    return any(hasattr(base, method) for base in bases)
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -194,9 +203,7 @@ def test_documented_parameters_exist(module):
             n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
         if not functions:
             continue
-        a = functions[0].args
-        real = {x.arg for x in a.posonlyargs + a.args + a.kwonlyargs}
-        real |= {x.arg for x in (a.vararg, a.kwarg) if x}
+        real = own_parameters(functions[0])
         for line in re.findall(r"^(\S.*)$", match.group(1), re.M):
             for name in line.split(" : ")[0].split(","):
                 if name.strip().lstrip("*") not in real and name.strip() != "...":

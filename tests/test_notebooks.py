@@ -1,5 +1,6 @@
 """The notebooks as stored: run in order, laid out alike, linked to pages that exist."""
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -7,13 +8,20 @@ import nb  # tools/nb.py, which conftest.py puts on the path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-GENERATED = {"book/runs.md", "book/bench.md"}  # by `make book`
+GENERATED = {"book/runs.md", "book/speed.md"}  # by `make book`
 NOTEBOOKS = nb.notebooks()
 NUMBERED = [p for p in NOTEBOOKS if p.name[0].isdigit()]
 PAGES = sorted((ROOT / "book").rglob("*.md")) + [ROOT / "README.md"]
 ENDING = ("Exercises", "What to remember", "Further reading")
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^()\s]+)\)")
 EXPORT = re.compile(r"^#\|\s*exporti?\b", re.M)
+
+
+@functools.cache
+def read(path):
+    """A notebook, parsed once; tests do not change it."""
+    return nb.read(path)
+
 
 every = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 numbered = pytest.mark.parametrize("path", NUMBERED, ids=lambda p: p.stem)
@@ -35,21 +43,21 @@ def test_there_are_notebooks():
 
 @every
 def test_stored_outputs(path):
-    found = nb.problems(nb.read(path))
+    found = nb.problems(read(path))
     if found:
         pytest.fail(f"{path.name}: " + "; ".join(found), pytrace=False)
 
 
 @every
 def test_metadata_is_clean(path):
-    book = nb.read(path)
-    assert nb.nbformat.writes(nb.normalise(nb.read(path))) == nb.nbformat.writes(book), \
-        f"python tools/nb.py clean nbs/{path.name}"
+    stored, clean = nb.nbformat.writes(read(path)), nb.nbformat.writes(nb.normalise(nb.read(path)))
+    if stored != clean:
+        pytest.fail(f"run: python tools/nb.py clean nbs/{path.name}", pytrace=False)
 
 
 @every
 def test_first_cells(path):
-    book = nb.read(path)
+    book = read(path)
     first = book.cells[0]
     assert first.cell_type == "markdown"
     lines = [line for line in first.source.splitlines() if line.strip()]
@@ -64,7 +72,7 @@ def test_first_cells(path):
 
 @numbered
 def test_ending(path):
-    text = markdown(nb.read(path))
+    text = markdown(read(path))
     headings = re.findall(r"^## (.+?)\s*$", text, re.M)
     assert tuple(h for h in headings if h in ENDING) == ENDING, f"the chapter ends with {ENDING}"
     exercises = text.split("## Exercises")[1].split("## What to remember")[0]
@@ -77,28 +85,29 @@ def test_ending(path):
 
 @every
 def test_no_star_imports(path):
-    for cell in nb.code_cells(nb.read(path)):
+    for cell in nb.code_cells(read(path)):
         assert not re.search(r"^\s*from \S+ import \*", cell.source, re.M), cell.source
 
 
 @every
 def test_code_is_python(path):
-    for cell in nb.code_cells(nb.read(path)):
+    for cell in nb.code_cells(read(path)):
         code = "\n".join(line for line in cell.source.splitlines() if line[:1] not in "%!")
         ast.parse(code)
 
 
 @every
 def test_no_progress_bars(path):
-    for cell in nb.code_cells(nb.read(path)):
-        shown = str(cell.outputs)
-        for mark in ("<progress", "\\r", "█", "clear_output"):
-            assert mark not in shown, f"cell {cell.id} stores a progress bar"
+    for cell in nb.code_cells(read(path)):
+        streams = "".join(o.text for o in cell.outputs if o.output_type == "stream")
+        pages = "".join(o.data.get("text/html", "") for o in cell.outputs if "data" in o)
+        assert not {"\r", "\b", "█"}.intersection(streams), f"cell {cell.id} stores a progress bar"
+        assert "<progress" not in pages, f"cell {cell.id} stores a progress bar"
 
 
 @every
 def test_pictures_have_alt_text(path):
-    for cell in nb.code_cells(nb.read(path)):
+    for cell in nb.code_cells(read(path)):
         for output in cell.outputs:
             data = output.get("data", {})
             bare = [kind for kind in data if kind.startswith("image/")]
@@ -110,7 +119,7 @@ def test_pictures_have_alt_text(path):
 
 def targets(path):
     """The local files that a page links to."""
-    text = markdown(nb.read(path)) if path.suffix == ".ipynb" else path.read_text("utf-8")
+    text = markdown(read(path)) if path.suffix == ".ipynb" else path.read_text("utf-8")
     for target in LINK.findall(without_code(text)):
         if not re.match(r"[a-z][a-z0-9+.-]*:|#", target):
             yield target.split("#")[0]
@@ -128,7 +137,7 @@ def test_links_lead_somewhere(path):
 def test_citations_are_in_the_bibliography():
     keys = set(re.findall(r"^@\w+\{([^,\s]+),", (ROOT / "book/references.bib").read_text("utf-8"), re.M))
     for path in NOTEBOOKS + PAGES:
-        text = markdown(nb.read(path)) if path.suffix == ".ipynb" else path.read_text("utf-8")
+        text = markdown(read(path)) if path.suffix == ".ipynb" else path.read_text("utf-8")
         cited = {k.strip() for group in re.findall(r"\{cite[:a-z]*\}`([^`]+)`", text)
                  for k in group.split(",")}
         assert cited <= keys, f"{path.name} cites {sorted(cited - keys)}"

@@ -27,3 +27,9 @@ def test_modules_are_what_the_notebooks_export(tmp_path):
         "modules without a notebook, or notebooks without a module: run `make export`"
     differ = sorted(name for name in exported if exported[name] != committed[name])
     assert not differ, f"{differ} differ from their notebooks: run `make export`"
+
+
+def test_readme_tables_are_what_the_records_give():
+    done = subprocess.run([sys.executable, ROOT / "tools" / "readme_tables.py", "--check"],
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -136,12 +136,15 @@ def problems(nb):
     if dict(nb.metadata.get("kernelspec", {})) != KERNELSPEC:
         found.append("the kernelspec is not the book's (nb.py clean mends it)")
     total = 0
+    unrun = [cell for cell in code_cells(nb) if cell.execution_count is None and cell.source.strip()]
+    if unrun:
+        found.append(f"{len(unrun)} code cells were never run, {unrun[0].get('id')} the first of them")
     for number, cell in enumerate(code_cells(nb), start=1):
         name = f"code cell {number} ({cell.get('id')})"
         if not cell.source.strip():
             found.append(f"{name} is empty")
         elif cell.execution_count is None:
-            found.append(f"{name} was never run")
+            pass  # counted above
         elif cell.execution_count != number:
             found.append(f"{name} is numbered {cell.execution_count}: not run in order")
         total += output_bytes(cell)

@@ -9,7 +9,6 @@ import re
 from pathlib import Path
 
 from nbutils.experiment import get_task
-from nbutils.records import table
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -18,11 +17,7 @@ BLOCK = re.compile(r"(<!-- table:(\w+):(\w+) -->\n).*?(<!-- /table -->)", re.S)
 
 def markdown(name, size):
     """The table of one task and size as Markdown; rows without records say `not run`."""
-    task = get_task(name)
-    records = task.records(size, ROOT / "book" / "records")
-    rows = [config.row for config in task.configs if config.size == size]
-    published = task.published if size == "full" else None  # the article's runs were full ones
-    return table(records, rows, task.columns, published).to_markdown()
+    return get_task(name).table(size, folder=ROOT / "book" / "records").to_markdown()
 
 
 def updated(text):

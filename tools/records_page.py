@@ -27,16 +27,16 @@ def figure(name, value):
     if value is None or value != value:
         return "–"
     if any(word in name for word in ("error", "accuracy")):
-        return f"{100 * value:.2f} %"
+        return f"{100 * value:.2f}\u00a0%"
     return f"{value:.4g}"
 
 
 def duration(seconds):
     """Seconds as a person says them."""
     if seconds < 120:
-        return f"{seconds:.1f} s"
+        return f"{seconds:.1f}\u00a0s"
     minutes = seconds / 60
-    return f"{minutes:.1f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+    return f"{minutes:.1f}\u00a0min" if minutes < 120 else f"{minutes / 60:.1f}\u00a0h"
 
 
 def heading(name):
@@ -67,17 +67,25 @@ def summary(records):
     return "Mean: " + ", ".join(parts) + "." if parts else ""
 
 
+def columns(r):
+    """What else is said of a run: heading to text."""
+    commit = f"`{r.commit[:10]}{'+' if r.commit.endswith('+') else ''}`" if r.commit else "–"
+    return {"device": r.device, "precision": r.precision, "torch": r.versions.get("torch", "–"),
+            "commit": commit, "date": r.started[:10]}
+
+
 def runs_table(records):
-    """The settings' hash, the mean, and a line for each seed; all runs have the same settings."""
-    names, rows = metric_names(records), []
-    for r in records:
-        commit = f"`{r.commit[:10]}{'+' if r.commit.endswith('+') else ''}`" if r.commit else "–"
-        rows.append([r.seed, *(figure(n, r.metrics.get(n)) for n in names), duration(r.seconds),
-                     r.device, r.precision, r.versions.get("torch", "–"), commit, r.started[:10],
-                     f'<a href="../records/{r.path.as_posix()}">record</a>'])
-    header = ["seed", *map(heading, names), "time", "device", "precision", "torch", "commit", "date", ""]
-    settings = f"Settings `{records[0].config_hash}`, recipe {records[0].recipe}."
-    return [f"{summary(records)} {settings}".strip(), table(header, rows)]
+    """Mean and what the runs have in common as sentences, then a line for each seed."""
+    names, others = metric_names(records), [columns(r) for r in records]
+    common = {k for k in others[0] if len({o[k] for o in others}) == 1}
+    same = ", ".join(f"{k} {v}" for k, v in others[0].items() if k in common)
+    text = (f"{summary(records)} Settings `{records[0].config_hash}`, recipe {records[0].recipe}"
+            f"{'; ' + same if same else ''}.")
+    varied = [k for k in others[0] if k not in common]
+    rows = [[r.seed, *(figure(n, r.metrics.get(n)) for n in names), duration(r.seconds),
+             *(o[k] for k in varied), f'<a href="../records/{r.path.as_posix()}">record</a>']
+            for r, o in zip(records, others)]
+    return [text.strip(), table(["seed", *map(heading, names), "time", *varied, ""], rows)]
 
 
 def section(records):

@@ -3,14 +3,22 @@
 1. Notebook pages do not show nbdev's directives. `#| default_exp`, `#| export` and `#| hide`
    are taken out of the source as it is read; an exported cell gets the class `tag_exported`, by
    which custom.css flags it; a hidden cell is removed; a cell that held nothing else is dropped.
+   Titles get the chapter's number, from the file's name. Folded solutions fold their outputs.
 2. In docstrings `x` is code and |x| an absolute value, as in the chapters' Markdown.
 3. The API pages are nitpicky about our own names only. A type in a docstring that is torch's or
    Python's links to its documentation where the address is known, and is plain text elsewhere.
+4. MathJax is copied into the site, so that formulas can be read without a network. Its files
+   come from the package sphinx-mathjax-offline (whose own extension copies five times as much).
 """
+import importlib.util
 import json
 import re
+import shutil
+from pathlib import Path
 
 from docutils import nodes
+
+MATHJAX = ("tex-mml-chtml.js", "output/chtml/fonts/woff-v2", "input/tex/extensions")
 
 DIRECTIVE = re.compile(r"^\s*#\|\s*(default_exp|export|exporti|exports|hide)\b.*$")
 EXPORTED = {"export", "exporti", "exports"}
@@ -38,13 +46,35 @@ def plain_cell(cell):
     return {**cell, "source": source, "metadata": {**cell["metadata"], "tags": tags}}
 
 
+def fold_solutions(cells):
+    """Fold outputs too where a solution's code is folded: they would give the answer away."""
+    exercises = False
+    for cell in cells:
+        if cell["cell_type"] == "markdown":
+            headings = re.findall(r"^## (.*?)\s*$", "".join(cell["source"]), re.M)
+            exercises = headings[-1] == "Exercises" if headings else exercises
+        elif exercises and "hide-input" in cell["metadata"].get("tags", []):
+            tags = cell["metadata"]["tags"]
+            cell["metadata"]["tags"] = [{"hide-input": "hide-cell"}.get(t, t) for t in tags]
+
+
+def number_of(docname):
+    """The number by which the text calls a chapter: nbs/06-data is 6, nbs/a1-conventions is A1."""
+    match = re.match(r"nbs/(?:0*(\d+)|(a\d+))-", docname)
+    return match and (match[1] or match[2].upper())
+
+
 def read_notebook(app, docname, content):
     """Sphinx's source-read: change a notebook's JSON before MyST-NB parses it."""
     if not str(app.env.doc2path(docname)).endswith(".ipynb"):
         return
     notebook = json.loads(content[0])
+    fold_solutions(notebook["cells"])
     cells = (plain_cell(c) if c["cell_type"] == "code" else c for c in notebook["cells"])
     notebook["cells"] = [c for c in cells if c is not None]
+    first, number = notebook["cells"][0], number_of(docname)
+    if number:
+        first["source"] = re.sub(r"\A# ", f"# {number} · ", "".join(first["source"]))
     content[0] = json.dumps(notebook)
 
 
@@ -103,7 +133,24 @@ def resolve(app, env, node, contnode):
     return contnode
 
 
+def copy_mathjax(app, exception):
+    """Sphinx's build-finished: put MathJax and its fonts into the site."""
+    if exception is not None or app.builder.format != "html":
+        return
+    package = importlib.util.find_spec("sphinx-mathjax-offline")
+    source = Path(package.submodule_search_locations[0], "static", "mathjax")
+    target = Path(app.outdir, "_static", "mathjax")
+    for name in MATHJAX:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target / name, dirs_exist_ok=True)
+        else:
+            shutil.copy(source / name, target / name)
+
+
 def setup(app):
+    app.config.mathjax_path = f"mathjax/{MATHJAX[0]}"
+    app.connect("build-finished", copy_mathjax)
     app.connect("source-read", read_notebook)
     app.connect("autodoc-process-docstring", plain_markup)
     app.connect("missing-reference", resolve)
