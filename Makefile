@@ -58,9 +58,10 @@ book: export records  ## build the book; warnings are errors
 	@echo
 	@echo "The book: file://$(CURDIR)/$(SITE)/index.html"
 
-$(BENCH_READY): bench/requirements.txt pyproject.toml | $(BIN)/uv
+$(BENCH_READY): bench/requirements.txt constraints.txt pyproject.toml | $(BIN)/uv
 	test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
-	$(BIN)/uv pip install --python $(BENCH)/bin/python -r bench/requirements.txt -e .
+	$(BIN)/uv pip install --python $(BENCH)/bin/python -c constraints.txt \
+	  -r bench/requirements.txt -e .
 	@touch $@
 
 bench: $(BENCH_READY)  ## measure our loop against others (installs them in .bench-venv)
@@ -68,5 +69,5 @@ bench: $(BENCH_READY)  ## measure our loop against others (installs them in .ben
 
 clean:  ## remove what was built; environments and data stay
 	rm -rf _build .pytest_cache book/runs.md book/speed.md
-	find nbs nbutils tests tools book -name __pycache__ -prune -exec rm -rf {} +
+	find nbs nbutils tests tools bench book -name __pycache__ -prune -exec rm -rf {} +
 	find nbs -name .ipynb_checkpoints -prune -exec rm -rf {} +

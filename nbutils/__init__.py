@@ -32,8 +32,8 @@ _NAMES = {
         "load_digits mean_std normalize pad_crop_flip"
     ),
     "schedule": (
-        "constant cosine lr_range_test one_cycle one_cycle_held Phases phases "
-        "plot_schedules RangeTest Schedule step_decay values"
+        "Schedule RangeTest constant cosine lr_range_test one_cycle one_cycle_held "
+        "phases plot_schedules step_decay values"
     ),
     "learner": (
         "accuracy best_precision Callback HOOKS Learner NonFiniteLoss PRECISIONS "

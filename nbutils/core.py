@@ -279,5 +279,6 @@ def show(fig, alt, kind="svg"):
     plt.close(fig)
     data = out.getvalue()
     if kind == "svg":  # two decimals of a point are finer than any screen
-        data = re.sub(rb"(\d\.\d\d)\d+", rb"\1", data)
+        number = rb"scale\([^)]*\)|(\d\.\d\d)\d+"  # the scales of letters stay whole
+        data = re.sub(number, lambda m: m[1] or m[0], data)
     return _Picture(data, "svg+xml" if kind == "svg" else "png", alt)

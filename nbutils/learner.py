@@ -104,8 +104,11 @@ class _Loop:
         NonFiniteLoss
             At the end of the epoch in which the loss stopped being finite; what was
             recorded is kept.
+        ValueError
+            If a schedule was made for another number of steps.
         """
         self.epochs = epochs
+        self._check_schedules(epochs * len(self.train))
         self._call("before_fit")
         while self.epoch < epochs:
             start = time.perf_counter()
@@ -178,6 +181,15 @@ class _Hypers:
         momentum = first["betas"][0] if "betas" in first else first.get("momentum", 0.0)
         self.trace["lr"].append(float(first["lr"]))
         self.trace["momentum"].append(float(momentum))
+
+    def _check_schedules(self, steps):
+        for name, schedule in self.schedules.items():
+            made_for = getattr(schedule, "steps", None)
+            if made_for not in (None, steps):
+                raise ValueError(
+                    f"the schedule of {name} was made for {made_for} steps, and this fit "
+                    f"has {steps}: make it with steps={steps}, epochs times batches"
+                )
 
     def _find_places(self, name):
         places = []

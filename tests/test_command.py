@@ -331,14 +331,14 @@ def test_damaged_checkpoint_is_no_traceback(home):
 
 
 def test_disk_that_fills_up(home):
-    """The system lets no file grow beyond 4 kB: the checkpoint fails, in a sentence."""
+    """The system lets no file grow beyond 800 bytes: the checkpoint fails, in a sentence."""
     with Child(call_room, env=environment(home)) as child:
         assert child.wait() == 1
         assert "File too large" in plain_failure(child.err)
 
 
 def call_room():
-    call_entry_point("run", "cifar10", "adamw-18", "--size", "smoke", room=4096)
+    call_entry_point("run", "cifar10", "adamw-18", "--size", "smoke", room=800)
 
 
 def test_loss_that_is_not_finite(home, monkeypatch, capsys):

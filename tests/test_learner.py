@@ -455,7 +455,8 @@ def conv_net():
 def test_state_goes_through_a_file(make, precision):
     """Two epochs, saved, loaded by a fresh process' Learner, three more: the same bits as five."""
     def fresh():
-        return learner(conv_net(), batches(), batches(12, shuffle=False, augment=None), make=OPTIMIZERS[make], precision=precision, schedules=one_cycle(0.05))
+        return learner(conv_net(), batches(), batches(12, shuffle=False, augment=None), make=OPTIMIZERS[make], precision=precision,
+                       schedules=one_cycle(0.05))
 
     def numbers(run):
         return [{k: v for k, v in row.items() if "seconds" not in k} for row in run.history]

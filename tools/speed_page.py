@@ -1,0 +1,181 @@
+#!/usr/bin/env python
+"""Write book/speed.md, the page of the benchmarks, from book/records/bench.
+
+The newest record of each machine is shown in full, older ones are listed. The page is made by
+`make book` and not committed. bench/bench.py makes the records and says what is in them.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORDS = ROOT / "book" / "records" / "bench"
+PAGE = ROOT / "book" / "speed.md"
+sys.path.insert(0, str(ROOT / "bench"))
+
+from bench import epoch_seconds, find, load_records, median, ratios  # noqa: E402
+
+GOAL = 1.02                # our Learner over the plain loop, fed alike
+NAMES = {"plain": "plain loop", "learner": "our Learner", "fastai": "fastai's Learner",
+         "lightning": "Lightning's Trainer"}
+FEEDS = {"batches": "our Batches", "loader": "torchvision, DataLoader"}
+
+HEAD = """# Speed
+
+How fast is our loop, beside a loop without any library and beside two libraries that many people use? `make bench` measures it, on the machine where you run it, and leaves a record; this page is computed from the records.
+
+All contenders do the same work: the same net from the same initial weights, AdamW with the 1cycle rates set at each step, the same images in batches of the same size, cropped and mirrored by the same rule, the same precision and number of threads, and at the end of each epoch the loss and the accuracy on test images. Each is a process of its own. They take turns, one epoch each, back and forth, so that each round compares epochs measured within seconds of each other. An *epoch* in a round is a number of steps on a fixed part of the data; the columns in seconds scale its median up to CIFAR10's 50,000 training (and 10,000 test) images. A ratio is the median over the rounds of training time over the reference's, with the smallest and the largest round in brackets; below 1 is faster than the reference. Warm-up epochs do not count.
+
+There are two questions, and two tables. *Fed alike*: every loop gets its batches from our Batches, so the table shows what the loops themselves cost. *Each with its usual loader*: the others get single images from torchvision's CIFAR10 object and transforms through a DataLoader (fastai through its own), as their tutorials do, and our Learner its Batches; here loading counts too. Memory is the peak of the process, libraries included; what loader processes hold for themselves is added after a plus sign.
+
+Everyone but our Learner uses torch's AdamW; ours is nbutils' own on the CPU, and torch's fused one, like everybody's, on a GPU. fastai and Lightning run as their documentation teaches, without bars, loggers and checkpoints, but with the bookkeeping of losses that each does by itself. fastai 2.8 knows mixed precision on CUDA only; on the CPU we gave it the processor's autocast. Only on a GPU are the nets compiled, for all. Two things weigh on the loaders here: torchvision's symmetric padding, which the recipe of 2018 asks for, goes through NumPy and is slower than its padding with zeros; and fastai starts its loader processes anew at each epoch (the others keep theirs), which a short epoch feels more than a whole one.
+"""
+EMPTY = "No benchmark is recorded yet: *not run*.\n"
+
+
+def table(header, rows):
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def spread(values):
+    """Median with the smallest and the largest."""
+    return f"{median(values):.3f} ({min(values):.3f}–{max(values):.3f})"
+
+
+def seconds(value):
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def memory(contender):
+    """Peak of the process, plus what its loader's processes hold for themselves."""
+    last = contender["rounds"][-1]
+    text = f"{max(r['peak_mb'] for r in contender['rounds']):,.0f}"
+    return text + (f" + {last['helpers_mb']:,.0f} in {last['helpers']}" if last["helpers"] else "")
+
+
+def lines(found, names, reference):
+    """A table's lines for some contenders of a set; each ratio is to the reference."""
+    gpu = any("gpu_mb" in c["rounds"][0] for c in found["contenders"])
+    header = ["loop", "batches from", "s an epoch", "with evaluation", f"ratio to the {label(reference)}", "n",
+              "memory, MB"] + ["on the GPU, MB"] * gpu
+    base, rows = find(found, reference), []
+    for name in names:
+        contender = find(found, name)
+        loop, feed = name.split("+")
+        row = [NAMES[loop], FEEDS[feed]]
+        if contender is None:
+            rows.append(row + ["not run"] + ["–"] * (len(header) - 3))
+            continue
+        row += [seconds(epoch_seconds(found, contender)), seconds(epoch_seconds(found, contender, True)),
+                "–" if base is None else "1" if contender is base else spread(ratios(contender, base)),
+                len(contender["rounds"]), memory(contender)]
+        rows.append(row + [f"{max(r['gpu_mb'] for r in contender['rounds']):,.0f}" for _ in range(gpu)])
+    return table(header, rows)
+
+
+def label(name):
+    loop, feed = name.split("+")
+    return f"{NAMES[loop]}{' with a DataLoader' if feed == 'loader' else ''}"
+
+
+def verdicts(found):
+    """What the goals say to this set: sentences."""
+    said = []
+    ours, plain = find(found, "learner+batches"), find(found, "plain+batches")
+    if ours and plain:
+        r = ratios(ours, plain)
+        verdict, within = "met" if median(r) <= GOAL else "missed", sum(a <= GOAL for a in r)
+        said.append(f"The goal of costing at most {100 * (GOAL - 1):.0f} % more than the plain loop is "
+                    f"**{verdict}**: fed alike, our Learner takes {spread(r)} times its time, and was within the "
+                    f"goal in {within} of {len(r)} rounds.")
+    for peer in ("fastai", "lightning"):
+        other = find(found, f"{peer}+loader")
+        if ours and other:
+            r = ratios(other, ours)
+            verdict = "ahead of" if min(r) > 1 else "level with" if max(r) >= 1 else "behind"
+            alike = find(found, f"{peer}+batches")
+            fed = f", and fed alike {spread(ratios(alike, ours))} times" if alike else ""
+            said.append(f"With its usual loader, {NAMES[peer]} takes {spread(r)} times our Learner's time "
+                        f"(n = {len(r)}){fed}: as usually run, we are {verdict} it.")
+    return " ".join(said)
+
+
+def section(found, quiet):
+    """One set: what was run, the verdicts (if the machine was quiet), two tables."""
+    title = f"### {'CPU' if found['device'] == 'cpu' else 'GPU'}"
+    if found["not_run"]:
+        return f"{title}\n\n*Not run*: {found['not_run']}."
+    trial = found["loader_trial"]
+    chosen = f"loader processes: {found['loader_workers']}"
+    if trial:
+        chosen += " (the fastest in a trial: " + ", ".join(f"{n} took {s:.2f} s" for n, s in trial.items()) + ")"
+    used = found["settings"]
+    about = (f"{found['net']} ({found['parameters']:,} parameters{', compiled' if found['compiled'] else ''}) on "
+             f"{found['device_name']}; {used['images']:,} training and {used['test_images']:,} test images a "
+             f"round in batches of {used['batch_size']}, threads of each: {used['threads']}; {chosen}.")
+    losses = [r["loss"] for c in found["contenders"] for r in c["rounds"][-1:]]
+    agree = f"After the last round all contenders' test losses lay between {min(losses):.3f} and {max(losses):.3f}."
+    loops = ("plain", "learner", "fastai", "lightning")
+    usual = ["plain+loader", "learner+batches", "fastai+loader", "lightning+loader"]
+    usual += ["learner+loader"] * bool(find(found, "learner+loader"))
+    return "\n\n".join([
+        f"{title}, {found['precision']}", about, *[verdicts(found)] * quiet, "Fed alike:",
+        lines(found, [f"{loop}+batches" for loop in loops], "plain+batches"), "Each with its usual loader:",
+        lines(found, usual, "plain+loader"), agree])
+
+
+def machine(record):
+    return record["machine"]["gpu"] or record["machine"]["cpu"]
+
+
+def conditions(record):
+    """Date, load, versions, data and code of a record, as a paragraph."""
+    load, commit = record["load"], record["commit"]
+    parts = [f"{record['started'][:10]}, {record['seconds'] / 60:.1f} minutes; data: {record['data']}; "
+             f"{record['machine']['cores']} cores, {record['machine']['memory_gb']} GB.",
+             f"Others kept {load['before']['busy_cores']} cores busy before and {load['after']['busy_cores']} after; "
+             f"load averages before: {', '.join(map(str, load['before']['averages']))}."]
+    if load["steal"]:
+        parts.append(f"The machine's host gave {100 * load['steal']:.1f} % of the time to others.")
+    if load["anyway"]:
+        parts.append("**The machine was not quiet: these figures are not to be trusted.**")
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    parts.append(f"{versions}; commit `{commit[:10]}{'+' if commit.endswith('+') else ''}`. {link(record)}.")
+    return " ".join(parts)
+
+
+def link(record, text="Record"):
+    return f'<a href="../records/bench/{record["name"]}.json">{text}</a>'
+
+
+def page(records):
+    """The whole page as Markdown; records come newest first."""
+    parts, older, shown = [HEAD], [], set()
+    for record in records:
+        if machine(record) in shown:
+            older.append(record)
+            continue
+        shown.add(machine(record))
+        parts += [f"## {machine(record)}", conditions(record),
+                  *(section(found, not record["load"]["anyway"]) for found in record["sets"])]
+    if older:
+        parts += ["## Earlier records", "\n".join(f"- {link(r, r['name'])}: {machine(r)}" for r in older)]
+    if not any(found["device"] == "cuda" for record in records for found in record["sets"]):
+        parts.append("No benchmark has seen a GPU so far: *not run*.")
+    return "\n\n".join(parts if records else [HEAD, EMPTY]).rstrip() + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--records", type=Path, default=RECORDS, help="folder of the records")
+    parser.add_argument("--page", type=Path, default=PAGE, help="page to write")
+    chosen = parser.parse_args()
+    records = load_records(chosen.records)
+    chosen.page.write_text(page(records), encoding="utf-8")
+    print(f"{chosen.page.name}: {len(records)} benchmarks")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
