@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .adam import Adam, AdamW
+from .core import unknown
 from nbutils.data import (
     CIFAR10_MEAN,
     CIFAR10_STD,
@@ -21,12 +22,16 @@ from nbutils.data import (
     pad_crop_flip,
 )
 from .experiment import Config, Task, register
-from .learner import Learner, tta
+from .learner import PRECISIONS, Learner, tta
 from .momentum import SGD
 from .schedule import one_cycle
 from .wide_resnet import wide_resnet_22
 
 # %% ../nbs/11-cifar10.ipynb #cifar10config
+_NETS = ("wide-resnet-22", "plain-6", "tiny")
+_IDLE = {"adamw": ("l2",), "adam": ("weight_decay",), "sgd": ("weight_decay", "amsgrad")}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cifar10Config(Config):
     """One row of the CIFAR10 table; the defaults are the article's settings for AdamW.
@@ -47,6 +52,12 @@ class Cifar10Config(Config):
         Augmented views for test-time augmentation beside the plain image; 0 for none.
     precision : str
         As in :class:`nbutils.learner.Learner`.
+
+    Raises
+    ------
+    ValueError
+        For a net, optimizer or precision that does not exist, and for a setting that
+        the row's optimizer would not use.
     """
 
     task: str = "cifar10"
@@ -64,6 +75,17 @@ class Cifar10Config(Config):
     tail: float = 0.075
     views: int = 0
     precision: str = "auto"
+
+    def __post_init__(self):
+        super().__post_init__()
+        known = {"net": _NETS, "optimizer": _IDLE, "precision": [*PRECISIONS, "auto"]}
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise ValueError(unknown(name, getattr(self, name), values))
+        for name in _IDLE[self.optimizer]:
+            if getattr(self, name):
+                raise ValueError(f"{name} is {getattr(self, name)}, but the optimizer "
+                                 f"{self.optimizer} of this row has none: leave it out")
 
 # %% ../nbs/11-cifar10.ipynb #c-a292dc8b
 _ADAMW = {"weight_decay": 0.1}

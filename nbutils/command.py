@@ -14,7 +14,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from .core import default_device
+from .core import unknown
 from nbutils.experiment import (
     SIZES,
     TASKS,
@@ -38,11 +38,8 @@ def parse_seeds(text):
     seeds = []
     for part in text.split(","):
         first, dash, last = part.partition("-")
-        if (
-            not first.isdigit()
-            or (dash and not last.isdigit())
-            or (dash and int(last) < int(first))
-        ):
+        digits = all(w.isascii() and w.isdigit() for w in ([first, last] if dash else [first]))
+        if not digits or (dash and int(last) < int(first)):
             raise argparse.ArgumentTypeError(
                 f"seeds {text!r}: cannot read {part!r}; write 0-4, 3 or 0,2,5-7"
             )
@@ -89,11 +86,9 @@ def _data(args):
 
 def _run(args):
     task = get_task(args.task)
-    rows = (
-        [c.row for c in task.configs if c.size == args.size]
-        if args.rows == ["all"]
-        else args.rows
-    )
+    every = [c.row for c in task.configs if c.size == args.size] or [args.rows[0]]
+    rows = every if args.rows == ["all"] else args.rows
+    _check_device(args.device)
     configs = [task.config(row, args.size) for row in rows]
     cells = [(config, seed) for seed in args.seeds for config in configs]
     if args.jobs > 1:
@@ -112,22 +107,30 @@ def _run(args):
     return 0
 
 
+def _check_device(name):
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except Exception as error:  # torch raises many kinds for what is not there
+        why = str(error).split("\n")[0]
+        raise ValueError(f"device {name!r} cannot be used ({why}): leave --device out, "
+                         "or give cpu") from None
+
+
+def _positive(text):
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
 def _run_jobs(args, cells):
     threads = args.threads or max(1, (os.cpu_count() or 1) // args.jobs)
 
     def one(cell):
         config, seed = cell
-        words = [
-            "run",
-            config.task,
-            config.row,
-            "--size",
-            config.size,
-            "--seeds",
-            str(seed),
-            "--threads",
-            str(threads),
-        ]
+        words = ["run", config.task, config.row, "--size", config.size]
+        words += ["--seeds", str(seed), "--threads", str(threads)]
         words += ["--device", args.device] if args.device else []
         words += ["--progress", args.progress] if args.progress else []
         program = "from nbutils.command import main; main()"
@@ -148,6 +151,8 @@ def _run_jobs(args, cells):
 
 # %% ../nbs/a4-command.ipynb #todo
 def _todo(args):
+    if args.size and args.size not in SIZES:
+        raise KeyError(unknown("size", args.size, SIZES))
     for task, size, row, seeds in missing(
         [args.task] if args.task else TASKS, [args.size] if args.size else SIZES
     ):
@@ -228,9 +233,9 @@ def main(words=None):
     )
     sub.add_argument("--device", help="cpu, cuda, mps; default: the best there is")
     sub.add_argument(
-        "--jobs", type=int, default=1, help="runs at once, each in a process of its own"
+        "--jobs", type=_positive, default=1, help="runs at once, each in a process of its own"
     )
-    sub.add_argument("--threads", type=int, help="threads of each run on a CPU")
+    sub.add_argument("--threads", type=_positive, help="threads of each run on a CPU")
     sub.add_argument(
         "--progress",
         choices=["bar", "lines", "silent"],
@@ -257,7 +262,7 @@ def main(words=None):
         code = f"nbutils: {error.args[0]}"
     except KeyboardInterrupt:
         code = "nbutils: stopped; the same command goes on from the last whole epoch"
-    except (CellBusy, OSError, ValueError, FloatingPointError) as error:
+    except (CellBusy, ImportError, OSError, ValueError, FloatingPointError) as error:
         code = f"nbutils: {error}"
     if words is None:
         sys.exit(code)

@@ -10,7 +10,10 @@ __all__ = ['SIZES', 'TASKS', 'Config', 'Task', 'register', 'get_task', 'records_
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import importlib
+import io
+import itertools
 import json
 import os
 import shutil
@@ -57,6 +60,13 @@ class Config:
     task: str
     size: str
     row: str
+
+    def __new__(cls, **settings):
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in settings:
+            if name not in known:
+                raise TypeError(f"{cls.__name__}: {unknown('setting', name, known)}")
+        return super().__new__(cls)
 
     def __post_init__(self):
         if self.size not in SIZES:
@@ -239,8 +249,7 @@ class Reseed(Callback):
 
 
 class Checkpoint(Callback):
-    """Keep a Learner's state after each epoch in one file, always whole; see
-    :meth:`load`.
+    """Keep a Learner's state after each epoch in one file, always whole.
 
     Parameters
     ----------
@@ -253,35 +262,44 @@ class Checkpoint(Callback):
         self.path, self.mark = Path(path), mark
 
     def after_epoch(self, learner):
-        part = self.path.with_suffix(".part")
+        whole, part = io.BytesIO(), self.path.with_suffix(".part")
         with open(part, "wb") as f:
-            torch.save({"mark": self.mark, "state": learner.state_dict()}, f)
+            torch.save({"mark": self.mark, "state": learner.state_dict()}, whole)
+            f.write(hashlib.sha256(whole.getvalue()).digest())
+            f.write(whole.getvalue())
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, self.path)
 
     def load(self, learner):
-        """Take up the checkpoint, if there is one with this mark.
+        """Take up the checkpoint if it has this mark; return whether it was taken up.
 
-        Return whether there was.
+        One that is damaged, or that does not fit the Learner, is set aside with a word
+        of why. The Learner may then hold a part of it: build it anew.
         """
         if not self.path.exists():
             return False
         try:
-            saved = torch.load(self.path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises many kinds for a damaged file
-            aside = self.path.with_suffix(".damaged")
+            raw = self.path.read_bytes()
+            if hashlib.sha256(raw[32:]).digest() != raw[:32]:
+                raise ValueError("its bytes are damaged")
+            saved = torch.load(io.BytesIO(raw[32:]), weights_only=True)
+            if saved["mark"] == self.mark:
+                learner.load_state_dict(saved["state"])
+                return True
+        except Exception as error:  # torch raises many kinds for what does not fit
+            aside = _aside(self.path.with_suffix(".damaged"))
             os.replace(self.path, aside)
-            print(
-                f"{self.path} cannot be read ({type(error).__name__}): it is kept as "
-                f"{aside.name}, and the run starts from its beginning",
-                flush=True,
-            )
-            return False
-        if saved["mark"] != self.mark:
-            return False
-        learner.load_state_dict(saved["state"])
-        return True
+            why = str(error).split("\n")[0]
+            print(f"{self.path} cannot be used ({why}): it is kept as {aside.name}, and "
+                  "the run starts from its beginning", flush=True)
+        return False
+
+
+def _aside(path):
+    """A name that no file has: path, or path with a number."""
+    names = (path.with_name(f"{path.stem}-{i}{path.suffix}") for i in itertools.count(2))
+    return next(p for p in itertools.chain([path], names) if not p.exists())
 
 # %% ../nbs/09-experiments.ipynb #cellbusy
 class CellBusy(RuntimeError):
@@ -308,25 +326,24 @@ def _locked(path, cell):
 
 
 def _prepare(folder, bytes_needed):
-    """Make a folder, and say now, before hours of training, if nothing could be written
-    there at the end.
-    """
+    """Make a folder; say now if nothing could be written there at the end."""
+    remedy = ("give another folder by NBUTILS_RECORDS and NBUTILS_RUNS; nothing was "
+              "started")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.write_bytes(b"x")
-        probe.unlink()
+        free = shutil.disk_usage(folder).free
+        if free >= bytes_needed:
+            probe = folder / f".probe-{os.getpid()}"
+            try:
+                probe.write_bytes(b"x")
+            finally:
+                probe.unlink()
     except OSError as error:
-        raise OSError(
-            f"cannot write in {folder} ({error.strerror}): give another folder by NBUTILS_RECORDS and NBUTILS_RUNS, "
-            "or mend its permissions; nothing was started"
-        ) from None
-    free = shutil.disk_usage(folder).free
+        why = f"cannot write in {folder} ({error.strerror})"
+        raise OSError(f"{why}: mend its permissions, or {remedy}") from None
     if free < bytes_needed:
-        raise OSError(
-            f"{folder} has {free / 1e6:.0f} MB free, and the run needs {bytes_needed / 1e6:.0f} MB for its checkpoints: "
-            "make room, or give another folder by NBUTILS_RUNS; nothing was started"
-        )
+        raise OSError(f"{folder} has {free / 1e6:.0f} MB free, and the run needs "
+                      f"{bytes_needed / 1e6:.0f} MB: make room, or {remedy}")
 
 # %% ../nbs/09-experiments.ipynb #begin
 def _begin(task, config, seed, device, folder, cell):
@@ -336,7 +353,10 @@ def _begin(task, config, seed, device, folder, cell):
     _prepare(folder, 40 * parameters + 10e6)
     mark = {"config": config_hash(config), "recipe": task.recipe, "seed": seed}
     checkpoint = Checkpoint(folder / f"{seed}.pt", mark)
-    if checkpoint.load(learner):
+    if checkpoint.path.exists() and not checkpoint.load(learner):
+        seed_everything(seed)
+        learner = task.build(config, seed, device)
+    if learner.epoch:
         done = f"{learner.epoch} of {config.epochs}"
         print(f"{cell}: going on after epoch {done}", flush=True)
     learner.callbacks = [Reseed(seed), *learner.callbacks, checkpoint]
@@ -424,6 +444,8 @@ def run(config, seed, *, device=None, records=None, runs=None, progress=None):
 
     Raises
     ------
+    ValueError
+        If the seed is not an int of 0 or above, or the settings are not their row's.
     CellBusy
         If another process runs this cell.
     OSError
@@ -433,7 +455,12 @@ def run(config, seed, *, device=None, records=None, runs=None, progress=None):
         Names row, seed, step and learning rate; the epochs until then are kept in
         ``runs``, as seed.failed.json.
     """
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed is {seed!r}: give an int, 0 or above")
     task, device = get_task(config.task), torch.device(device or default_device())
+    if config != task.config(config.row, config.size):
+        raise ValueError(f"these are not the settings of {config.task} {config.row} "
+                         f"({config.size}): give them a row of their own in the task")
     cell = f"{config.task} {config.row} ({config.size}), seed {seed}"
     place = Path(config.task, config.size, config.row)
     records = Path(records or records_folder())
@@ -443,6 +470,7 @@ def run(config, seed, *, device=None, records=None, runs=None, progress=None):
     with _locked(folder / f"{seed}.lock", cell):
         finished = _finished(task, records / place / f"{seed}.json")
         if finished:
+            (folder / f"{seed}.pt").unlink(missing_ok=True)
             return finished
         started = datetime.now(timezone.utc).isoformat(timespec="seconds")
         learner, checkpoint = _begin(task, config, seed, device, folder, cell)
@@ -464,5 +492,5 @@ def _finished(task, path):
     if task.counts(record):
         return record
     aside = f"{path.stem}.recipe{record.recipe}-{record.config_hash}.json"
-    path.rename(path.with_name(aside))
+    path.rename(_aside(path.with_name(aside)))
     return None

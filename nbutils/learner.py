@@ -6,6 +6,9 @@
 __all__ = ['HOOKS', 'PRECISIONS', 'NonFiniteLoss', 'Callback', 'best_precision', 'accuracy', 'Learner', 'Progress', 'tta']
 
 # %% ../nbs/07-learner.ipynb #imports
+import contextlib
+import copy
+import difflib
 import math
 import os
 import platform
@@ -25,15 +28,8 @@ class NonFiniteLoss(FloatingPointError):
     """
 
 # %% ../nbs/07-learner.ipynb #callback
-HOOKS = (
-    "before_fit",
-    "before_epoch",
-    "before_batch",
-    "before_step",
-    "after_step",
-    "after_epoch",
-    "after_fit",
-)
+HOOKS = ("before_fit", "before_epoch", "before_batch", "before_step", "after_step",
+         "after_epoch", "after_fit")
 
 
 class Callback:
@@ -47,14 +43,16 @@ class Callback:
     Raises
     ------
     TypeError
-        When a subclass defines a method that begins like a hook but is none of the
-        seven.
+        When a subclass defines a method that begins like a hook, or nearly bears the
+        name of one, but is none of the seven.
     """
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         for name in vars(cls):
-            if name.startswith(("before_", "after_", "on_")) and name not in HOOKS:
+            begins = name.startswith(("before_", "after_", "on_"))
+            near = difflib.get_close_matches(name, HOOKS, n=1, cutoff=0.8)
+            if name not in HOOKS and (begins or near):
                 raise TypeError(f"{cls.__name__}: {unknown('hook', name, HOOKS)}")
 
 # %% ../nbs/07-learner.ipynb #best-precision
@@ -231,31 +229,48 @@ class _Evaluation:
         -------
         dict of str to float
             ``loss`` and the Learner's metrics.
+
+        Raises
+        ------
+        ValueError
+            If there is nothing to evaluate.
         """
-        self.model.eval()
+        batches = self.valid if batches is None else batches
         sums, n = 0.0, 0
         exact = torch.float32 if self.device.type == "mps" else torch.float64
-        for x, y in self.valid if batches is None else batches:
-            outputs, y = self.predict_batch(x), y.to(self.device)
-            values = [f(outputs, y) for f in (self.loss_fn, *self.metrics.values())]
-            sums = sums + torch.stack(values).to(exact) * len(y)
-            n += len(y)
+        with self._eval_mode():
+            for x, y in batches or ():
+                outputs, y = self.predict_batch(x), y.to(self.device)
+                values = [f(outputs, y) for f in (self.loss_fn, *self.metrics.values())]
+                sums = sums + torch.stack(values).to(exact) * len(y)
+                n += len(y)
         if n == 0:
-            raise ValueError("nothing to evaluate: there are no batches")
+            raise ValueError("nothing to evaluate: the Learner has no valid set, or the "
+                             "batches are empty; give evaluate(batches)")
         return dict(zip(["loss", *self.metrics], (sums / n).tolist()))
 
     @torch.no_grad()
     def predict(self, batches):
-        """Return outputs [n, ...] and targets [n] over batches, in order, on the
-        device.
-        """
-        self.model.eval()
-        pairs = [(self.predict_batch(x), y.to(self.device)) for x, y in batches]
+        """Return outputs [n, ...] and targets [n] over batches, in order."""
+        with self._eval_mode():
+            pairs = [(self.predict_batch(x), y.to(self.device)) for x, y in batches]
         return tuple(torch.cat(parts) for parts in zip(*pairs))
+
+    @contextlib.contextmanager
+    def _eval_mode(self):
+        was = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(was)
 
 # %% ../nbs/07-learner.ipynb #recorder
 class _Recorder:
     def _begin_epoch(self):
+        self.step = self.epoch * len(self.train)  # an interrupted epoch begins anew
+        for values in self.trace.values():
+            del values[self.step :]
         self.model.train()
         if hasattr(self.train, "set_epoch"):
             self.train.set_epoch(self.epoch)
@@ -263,42 +278,45 @@ class _Recorder:
     def _end_epoch(self, losses, start):
         losses = losses.tolist()  # the one place that waits for the device
         self.trace["loss"] += losses
-        self._refuse_non_finite(losses)
+        for i, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                step = self.step - len(losses) + i
+                self._refuse("loss", loss, step, f"batch {i}")
         row = {"epoch": self.epoch, "loss": sum(losses) / len(losses)}
         seconds = time.perf_counter() - start
         if self.valid is not None:
             scores = self.evaluate()
             row |= {"valid_loss": scores.pop("loss"), **scores}
+            if not math.isfinite(row["valid_loss"]):
+                last = self.step - 1
+                self._refuse("validation loss", row["valid_loss"], last, "after it")
         row |= {name: self.trace[name][-1] for name in ("lr", "momentum")}
         row["seconds"] = seconds
         row["valid_seconds"] = time.perf_counter() - start - seconds
         self.history.append(row)
 
-    def _refuse_non_finite(self, losses):
-        for i, loss in enumerate(losses):
-            if not math.isfinite(loss):
-                step = self.step - len(losses) + i
-                raise NonFiniteLoss(
-                    f"the loss is {loss} at step {step} (epoch {self.epoch}, batch {i}), "
-                    f"lr {self.trace['lr'][step]:g}: lower the learning rate, clip the "
-                    "gradient, or look at that batch"
-                )
+    def _refuse(self, what, value, step, where):
+        lr = self.trace["lr"][step]
+        raise NonFiniteLoss(f"the {what} is {value} at step {step} (epoch {self.epoch}, "
+                            f"{where}), lr {lr:g}: lower the learning rate, clip the "
+                            "gradient, or look at that batch")
 
     def state_dict(self):
-        """Return all that a later Learner needs to go on after the last whole epoch."""
-        state = {
-            n: getattr(self, n).state_dict() for n in ("model", "optimizer", "scaler")
-        }
-        return state | {
-            n: getattr(self, n) for n in ("epoch", "step", "history", "trace")
-        }
+        """Return all that a later Learner needs to go on; take it between epochs."""
+        parts = ("model", "optimizer", "scaler")
+        state = {name: getattr(self, name).state_dict() for name in parts}
+        kept = {name: getattr(self, name) for name in _KEPT}
+        return state | copy.deepcopy(kept)
 
     def load_state_dict(self, state):
         """Take up what :meth:`state_dict` gave; ``fit`` then does the epochs left."""
         for name in ("model", "optimizer", "scaler"):
             getattr(self, name).load_state_dict(state[name])
-        for name in ("epoch", "step", "history", "trace"):
-            setattr(self, name, state[name])
+        for name in _KEPT:
+            setattr(self, name, copy.deepcopy(state[name]))
+
+
+_KEPT = ("epoch", "step", "history", "trace")
 
 # %% ../nbs/07-learner.ipynb #learner
 class Learner(_Loop, _Step, _Hypers, _Evaluation, _Recorder):
@@ -354,47 +372,32 @@ class Learner(_Loop, _Step, _Hypers, _Evaluation, _Recorder):
         For a schedule of a hyper-parameter that the optimizer does not have.
     """
 
-    def __init__(
-        self,
-        model,
-        train,
-        valid,
-        optimizer,
-        loss_fn=F.cross_entropy,
-        *,
-        schedules=None,
-        callbacks=(),
-        metrics=None,
-        device=None,
-        precision="fp32",
-        clip_norm=None,
-        channels_last=False,
-        compile=False,
-        progress=None,
-    ):
+    def __init__(self, model, train, valid, optimizer, loss_fn=F.cross_entropy, *,
+                 schedules=None, callbacks=(), metrics=None, device=None,
+                 precision="fp32", clip_norm=None, channels_last=False, compile=False,
+                 progress=None):
         self.device = torch.device(device or default_device())
-        self.precision = (
-            best_precision(self.device) if precision == "auto" else precision
-        )
+        if precision == "auto":
+            precision = best_precision(self.device)
+        self.precision = precision
         if self.precision not in PRECISIONS:
             raise ValueError(unknown("precision", precision, [*PRECISIONS, "auto"]))
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"clip_norm is {clip_norm}: give a positive norm, or None")
         if len(train) == 0:
-            raise ValueError(
-                "there are no training batches: the set is empty, or smaller "
-                "than one batch with drop_last=True"
-            )
+            raise ValueError("there are no training batches: the set is empty, or "
+                             "smaller than one batch with drop_last=True")
         layout = torch.channels_last if channels_last else torch.preserve_format
         self.model = model.to(self.device, memory_format=layout)
         mode = None if compile is True else compile
         self.forward = torch.compile(model, mode=mode) if compile else model
         self.train, self.valid, self.optimizer = train, valid, optimizer
-        self.loss_fn, self.metrics = loss_fn, metrics or {"accuracy": accuracy}
+        self.loss_fn, self.metrics = loss_fn, metrics
+        if metrics is None:
+            self.metrics = {"accuracy": accuracy}
         self.clip_norm, self.channels_last = clip_norm, channels_last
-        self.scaler = torch.amp.GradScaler(
-            self.device.type, enabled=precision == "fp16"
-        )
+        fp16 = precision == "fp16"
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         self.callbacks, self.progress = list(callbacks), Progress(progress)
         self.epoch = self.step = self.epochs = 0
         self.history, self.trace = [], {"lr": [], "momentum": [], "loss": []}
@@ -421,17 +424,16 @@ class Progress(Callback):
     """
 
     def __init__(self, kind=None):
-        if kind not in ("bar", "lines", "silent", None):
-            raise ValueError(
-                unknown("kind of progress", kind, ["bar", "lines", "silent"])
-            )
-        watched = "ipykernel" in sys.modules or (
-            sys.stdout is not None and sys.stdout.isatty()
-        )
-        quiet = os.environ.get("NBUTILS_NO_BAR") or not watched
-        self.kind = kind or ("silent" if quiet else "bar")
+        kinds = ("bar", "lines", "silent")
+        if kind not in (*kinds, None):
+            raise ValueError(unknown("kind of progress", kind, kinds))
+        terminal = sys.stdout is not None and sys.stdout.isatty()
+        self.notebook = "ipykernel" in sys.modules
+        quiet = os.environ.get("NBUTILS_NO_BAR") or not (terminal or self.notebook)
+        self.kind, self.bar = kind or ("silent" if quiet else "bar"), None
 
     def before_fit(self, learner):
+        self.bar = None
         if self.kind == "bar" and learner.epoch < learner.epochs:
             from fastprogress.fastprogress import progress_bar
 
@@ -439,23 +441,20 @@ class Progress(Callback):
             self.bar.update(0)
 
     def after_step(self, learner):
-        if self.kind == "bar":
+        if self.bar and learner.step < self.bar.total:
             self.bar.update(learner.step)
 
     def after_epoch(self, learner):
-        row = learner.history[-1]
-        text = ", ".join(
-            f"{k} {row[k]:.4f}"
-            for k in ("loss", "valid_loss", *learner.metrics)
-            if k in row
-        )
-        if self.kind == "bar":
-            self.bar.comment = f"epoch {learner.epoch}/{learner.epochs}: {text}"
-        if self.kind == "lines":
-            print(
-                f"epoch {learner.epoch}/{learner.epochs}: {text} ({row['seconds']:.1f} s)",
-                flush=True,
-            )
+        row, shown = learner.history[-1], ("loss", "valid_loss", *learner.metrics)
+        text = ", ".join(f"{k} {row[k]:.4f}" for k in shown if k in row)
+        text = f"epoch {learner.epoch}/{learner.epochs}: {text}"
+        if self.bar:
+            self.bar.comment = text
+            if learner.step == self.bar.total:  # its last picture has the last figures
+                self.bar.update(learner.step)
+                print(end="" if self.notebook else "\n")
+        elif self.kind == "lines":
+            print(f"{text} ({row['seconds']:.1f} s)", flush=True)
 
 # %% ../nbs/07-learner.ipynb #tta
 def tta(learner, plain, augmented, views=4):

@@ -7,6 +7,7 @@ __all__ = ['Record', 'config_hash', 'write_record', 'read_record', 'read_records
            'Interval', 'mean_interval', 'Cell', 'Table', 'table']
 
 # %% ../nbs/a3-records.ipynb #imports
+import contextlib
 import dataclasses
 import hashlib
 import html
@@ -116,12 +117,16 @@ def write_record(record, folder):
         os.chmod(part, 0o644)
         try:
             os.link(part, path)
-        except FileExistsError:
-            raise FileExistsError(
-                f"{path} exists: a record is never overwritten; move it away to run the cell again"
-            ) from None
+        except OSError:  # the name is taken, or this file system has no hard links
+            if path.exists():
+                raise FileExistsError(
+                    f"{path} exists: a record is never overwritten; move it away to run "
+                    "the cell again"
+                ) from None
+            os.rename(part, path)
     finally:
-        os.unlink(part)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(part)
     return path
 
 
@@ -138,13 +143,14 @@ def read_record(path):
     try:
         fields = json.loads(path.read_text())
         record = Record(**fields)
+        place = record.path
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
         raise ValueError(
             f"{path} is not a record ({error}): delete it, or restore it from the repository"
         ) from None
-    if Path(*path.parts[-4:]) != record.path:
+    if Path(*path.parts[-4:]) != place:
         raise ValueError(
-            f"{path} says that it is {record.path}: a record must lie in its own cell's place"
+            f"{path} says that it is {place}: a record must lie in its own cell's place"
         )
     found = config_hash(record.config)
     if found != record.config_hash:
@@ -239,11 +245,10 @@ def code_state():
         return done.stdout.strip() if done.returncode == 0 else None
 
     try:
-        commit, changed = (
-            git("rev-parse", "HEAD"),
-            git("status", "--porcelain", "--", str(here)),
-        )
-    except FileNotFoundError:
+        tracked = git("ls-files", "--error-unmatch", str(here / "__init__.py"))
+        commit = git("rev-parse", "HEAD") if tracked else None
+        changed = git("status", "--porcelain", "--", str(here))
+    except FileNotFoundError:  # there is no git
         commit = None
     if commit is None:
         return os.environ.get("NBUTILS_COMMIT", "unknown"), digest
@@ -367,12 +372,10 @@ class Table:
 
     def to_markdown(self):
         """Return the table as Markdown, without links."""
-        lines = [
-            self.header,
-            ["---"] * len(self.header),
-            *([c.text for c in row] for row in self.rows),
-        ]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        lines = [self.header, ["---"] * len(self.header)]
+        lines += [[c.text for c in row] for row in self.rows]
+        escaped = ([text.replace("|", r"\|") for text in line] for line in lines)
+        return "\n".join("| " + " | ".join(line) + " |" for line in escaped)
 
     def _repr_html_(self):
         def show(cell):
