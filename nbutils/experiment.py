@@ -27,17 +27,8 @@ import torch
 
 from .core import default_device, seed_everything, unknown
 from .learner import Callback, NonFiniteLoss, Progress
-from nbutils.records import (
-    Record,
-    code_state,
-    config_hash,
-    describe_device,
-    read_record,
-    read_records,
-    table,
-    versions,
-    write_record,
-)
+from .records import (Record, code_state, config_hash, describe_device, read_record,
+                             read_records, table, versions, write_record)
 
 # %% ../nbs/09-experiments.ipynb #config
 SIZES = ("smoke", "laptop", "colab", "full")
@@ -313,14 +304,13 @@ def _locked(path, cell):
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             f.seek(0)
-            raise CellBusy(
-                f"{cell} is being run already, by {f.read().strip() or 'another process'}: wait for it, or stop it; "
-                "this run was not started"
-            ) from None
+            who = f.read().strip() or "another process"
+            raise CellBusy(f"{cell} is being run already, by {who}: wait for it, or stop "
+                           "it; this run was not started") from None
         f.truncate(0)
-        f.write(
-            f"process {os.getpid()} on {os.uname().nodename} since {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"
-        )
+        now = datetime.now(timezone.utc)
+        f.write(f"process {os.getpid()} on {os.uname().nodename} since "
+                f"{now:%Y-%m-%d %H:%M} UTC")
         f.flush()
         yield
 
