@@ -104,7 +104,6 @@ def test_package_loads_only_what_is_asked_for():
     assert fresh(program.format(heavy=HEAVY)) == []
 
 
-@pytest.mark.skipif("adam" not in MODULES, reason="the chapter on Adam is not there")
 def test_an_optimizer_loads_nothing_heavy():
     program = "from nbutils import AdamW; import sys; print(*[m for m in {heavy} if m in sys.modules])"
     assert fresh(program.format(heavy=HEAVY)) == []
