@@ -28,7 +28,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from nbutils.adam import AdamW
+from nbutils.amsgrad import AdamW
 from nbutils.cifar10 import plain_net
 from nbutils.core import seed_everything
 from nbutils.data import CIFAR10_MEAN, CIFAR10_STD, Batches, Images, load_cifar10, pad_crop_flip

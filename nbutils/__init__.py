@@ -22,11 +22,13 @@ _NAMES = {
         "read_record read_records Record Table table versions write_record"
     ),
     "optimizer": (
-        "check_same_path l2 NonFiniteError Optimizer REQUIRED sgd_step stepper "
+        "check_same_path ENGINES l2 NonFiniteError Optimizer REQUIRED sgd_step stepper "
         "weight_decay"
     ),
     "momentum": "SGD",
-    "adam": "Adam adam_step AdamW decay_weights_ moments",
+    "adam": "adam_step decay_weights_ moments",
+    "amsgrad": "Adam AdamW",
+    "engines": "TensorList",
     "data": (
         "Batches CIFAR10_MEAN CIFAR10_STD CIFAR10_URLS Images load_cifar10 "
         "load_digits mean_std normalize pad_crop_flip"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from .adam import Adam, AdamW
+from .amsgrad import Adam, AdamW
 from .core import unknown
 from nbutils.data import (
     CIFAR10_MEAN,
@@ -190,37 +190,20 @@ def make_optimizer(config, params, device="cpu"):
     params : iterable of Tensor or of dict
         As for any optimizer of torch.
     device : str or torch.device
-        On a GPU, and for amsgrad, it is torch's own class, which does the same update
-        in fewer kernels; chapters 2 and 3 hold ours against them.
+        On a GPU the step runs by the engine "fast", see :mod:`nbutils.engines`.
 
     Returns
     -------
-    torch.optim.Optimizer
+    nbutils.optimizer.Optimizer
     """
-    beta, l2, decay = config.momentum[0], config.l2, config.weight_decay
-    fused = torch.device(device).type == "cuda"
+    engine = "fast" if torch.device(device).type == "cuda" else "auto"
+    options, beta = {"lr": config.lr, "engine": engine}, config.momentum[0]
     if config.optimizer == "sgd":
-        if fused:
-            return torch.optim.SGD(
-                params, lr=config.lr, momentum=beta, weight_decay=l2, fused=True
-            )
-        return SGD(params, lr=config.lr, momentum=beta, l2=l2)
-    options = {"lr": config.lr, "betas": (beta, config.beta2)}
-    adam = config.optimizer == "adam"
-    if config.amsgrad or fused:
-        twin, shrink = (torch.optim.Adam, l2) if adam else (torch.optim.AdamW, decay)
-        return twin(
-            params,
-            **options,
-            weight_decay=shrink,
-            amsgrad=config.amsgrad,
-            fused=fused or None,
-        )
-    return (
-        Adam(params, **options, l2=l2)
-        if adam
-        else AdamW(params, **options, weight_decay=decay)
-    )
+        return SGD(params, momentum=beta, l2=config.l2, **options)
+    options |= {"betas": (beta, config.beta2), "amsgrad": config.amsgrad}
+    if config.optimizer == "adam":
+        return Adam(params, l2=config.l2, **options)
+    return AdamW(params, weight_decay=config.weight_decay, **options)
 
 # %% ../nbs/11-cifar10.ipynb #crop-digits
 def _crop_digits(x, generator):

@@ -8,7 +8,8 @@ import pickle
 import pytest
 import torch
 
-from nbutils.adam import Adam, AdamW, adam_step, decay_weights_, moments
+from nbutils.adam import adam_step, decay_weights_, moments
+from nbutils.amsgrad import Adam, AdamW
 from nbutils.optimizer import check_same_path, optimizer, stepper
 
 ADAM = [{}, {"l2": 0.1}, {"eps": 0.1}, {"betas": (0.0, 0.0)}, {"betas": (0.95, 0.9), "l2": 1e-2, "eps": 1e-3}]
@@ -144,16 +145,6 @@ def test_a_parameter_without_gradient_stays_and_has_no_state():
     assert torch.equal(q, torch.ones(2)) and q not in opt.state and not torch.equal(p, torch.ones(2))
 
 
-def test_amsgrad_fits_between_the_two_steppers():
-    @stepper(state=("max_exp_avg_sq",))
-    def largest(p, g, state):
-        torch.maximum(state["max_exp_avg_sq"], state["exp_avg_sq"], out=state["max_exp_avg_sq"])
-        return g
-
-    AMSGrad = optimizer("AMSGrad", moments, largest, adam_step, lr=1e-3)
-    check_same_path(lambda p: AMSGrad(p), lambda p: torch.optim.Adam(p, amsgrad=True))
-
-
 # --- the decay by hand ------------------------------------------------------------------------
 
 def train(make, decay=None, give=lambda opt: opt, steps=50):
@@ -268,11 +259,12 @@ def test_adamw_has_no_l2_and_the_second_group_is_named():
 
 def test_signatures():
     assert str(inspect.signature(Adam)) == \
-        "(params, lr=0.001, betas=(0.9, 0.999), eps=1e-08, l2=0.0, weight_decay=0.0)"
-    assert str(inspect.signature(AdamW)) == "(params, lr=0.001, betas=(0.9, 0.999), eps=1e-08, weight_decay=0.01)"
+        "(params, lr=0.001, betas=(0.9, 0.999), eps=1e-08, l2=0.0, weight_decay=0.0, amsgrad=False, *, engine='auto')"
+    assert str(inspect.signature(AdamW)) == \
+        "(params, lr=0.001, betas=(0.9, 0.999), eps=1e-08, weight_decay=0.01, amsgrad=False, *, engine='auto')"
     p = torch.nn.Parameter(torch.ones(1))
     assert Adam([p], 0.1, (0.5, 0.6), 1e-3, 0.1, 0.2).defaults == dict(
-        lr=0.1, betas=(0.5, 0.6), eps=1e-3, l2=0.1, weight_decay=0.2)
+        lr=0.1, betas=(0.5, 0.6), eps=1e-3, l2=0.1, weight_decay=0.2, amsgrad=False)
 
 
 @pytest.mark.parametrize("make", [Adam, AdamW])
@@ -291,7 +283,7 @@ def test_copies_go_on_alike(make, copier):
 
 
 def test_classes_and_state_survive_files():
-    assert pickle.loads(pickle.dumps(Adam)) is Adam and Adam.__module__ == "nbutils.adam"
+    assert pickle.loads(pickle.dumps(Adam)) is Adam and Adam.__module__ == "nbutils.amsgrad"
     p = torch.nn.Parameter(torch.ones(2))
     opt = AdamW([p])
     p.grad = torch.ones(2)

@@ -20,7 +20,7 @@ from children import Child
 from torch import nn
 
 from nbutils import cifar10, experiment
-from nbutils.adam import AdamW
+from nbutils.amsgrad import AdamW
 from nbutils.core import seed_everything
 from nbutils.experiment import (SIZES, CellBusy, Checkpoint, Config, Task, get_task, records_folder, register, run, runs_folder,
                                 thin)

@@ -14,7 +14,7 @@ from children import Child
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nbutils.adam import Adam, AdamW
+from nbutils.amsgrad import Adam, AdamW
 from nbutils.core import seed_everything
 from nbutils.data import Batches, Images, pad_crop_flip
 from nbutils.learner import HOOKS, Callback, Learner, NonFiniteLoss, accuracy, best_precision, tta

@@ -106,7 +106,8 @@ def test_loads_a_state_that_torch_saved():
 # ---- a torch.optim.Optimizer in every way ---------------------------------------------------
 
 def test_signature():
-    assert str(inspect.signature(SGD)) == "(params, lr, momentum=0.0, nesterov=False, l2=0.0, weight_decay=0.0)"
+    assert str(inspect.signature(SGD)) == \
+        "(params, lr, momentum=0.0, nesterov=False, l2=0.0, weight_decay=0.0, *, engine='auto')"
     assert list(SGD.hypers) == ["lr", "momentum", "nesterov", "l2", "weight_decay"]
     assert SGD.hypers["lr"] is REQUIRED and issubclass(SGD, Optimizer) and "lr : float" in SGD.__doc__
     p = parameter()

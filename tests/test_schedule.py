@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from nbutils.adam import AdamW
+from nbutils.amsgrad import AdamW
 from nbutils.data import Batches, load_digits
 from nbutils.learner import Learner
 from nbutils.momentum import SGD
