@@ -7,12 +7,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 BENCH := .bench-venv
 BENCH_READY := $(BENCH)/.installed
+SURVEY := .survey-venv
+SURVEY_READY := $(SURVEY)/.installed
 SITE := _build/html
 JOBS ?= 2
 
 unexport IN_TEST           # under it, nbdev exports nothing and says nothing
 
-.PHONY: help install test book bench export run-notebooks check-notebooks records tables clean
+.PHONY: help install test book bench bench-loops bench-steps counterexamples survey export run-notebooks check-notebooks records tables clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -64,8 +66,25 @@ $(BENCH_READY): bench/requirements.txt constraints.txt pyproject.toml | $(BIN)/u
 	  -r bench/requirements.txt -e .
 	@touch $@
 
-bench: $(BENCH_READY)  ## measure our loop against others (installs them in .bench-venv)
+bench: bench-loops bench-steps  ## measure loops and steps against others: two records
+
+bench-loops: $(BENCH_READY)  ## our loop against others (installs them in .bench-venv)
 	$(BENCH)/bin/python bench/bench.py $(ARGS)
+
+bench-steps: $(READY)  ## our optimizers' steps, by each engine, against torch's
+	$(BIN)/python bench/steps.py $(ARGS)
+
+counterexamples: $(READY)  ## run chapter 4's long simulations again: a record
+	$(BIN)/python bench/counterexamples.py $(ARGS)
+
+$(SURVEY_READY): bench/survey-requirements.txt constraints.txt pyproject.toml | $(BIN)/uv
+	test -x $(SURVEY)/bin/python || $(PYTHON) -m venv $(SURVEY)
+	$(BIN)/uv pip install --python $(SURVEY)/bin/python -c constraints.txt \
+	  -r bench/survey-requirements.txt -e .
+	@touch $@
+
+survey: $(SURVEY_READY)  ## whose conventions do other libraries' optimizers follow? a record
+	$(SURVEY)/bin/python bench/survey.py $(ARGS)
 
 clean:  ## remove what was built; environments and data stay
 	rm -rf _build .pytest_cache book/runs.md book/speed.md

@@ -26,7 +26,8 @@ from pathlib import Path
 import torch
 
 from .core import default_device, seed_everything, unknown
-from .learner import Callback, NonFiniteLoss, Progress
+from .learner import Callback, Progress
+from .optimizer import NonFiniteError
 from .records import (Record, code_state, config_hash, describe_device, read_record,
                              read_records, table, versions, write_record)
 
@@ -356,11 +357,11 @@ def _begin(task, config, seed, device, folder, cell):
 def _fit(learner, config, cell, failed):
     try:
         learner.fit(config.epochs)
-    except NonFiniteLoss as error:
+    except NonFiniteError as error:
         kept = {"config": _plain(config), "error": str(error)}
         kept |= {"history": learner.history, "curve": thin(learner.trace)}
         failed.write_text(json.dumps(kept, indent=1))
-        raise NonFiniteLoss(f"{cell}: {error}. What it had is in {failed}") from None
+        raise type(error)(f"{cell}: {error}. What it had is in {failed}") from None
 
 
 def _plain(config):
@@ -441,7 +442,7 @@ def run(config, seed, *, device=None, records=None, runs=None, progress=None):
     OSError
         If a folder cannot be written or the disk is nearly full; before training
         starts.
-    nbutils.learner.NonFiniteLoss
+    nbutils.optimizer.NonFiniteError
         Names row, seed, step and learning rate; the epochs until then are kept in
         ``runs``, as seed.failed.json.
     """

@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 
 from .core import default_device, unknown
+from .optimizer import NonFiniteError
 
 # %% ../nbs/07-learner.ipynb #nonfiniteloss
-class NonFiniteLoss(FloatingPointError):
+class NonFiniteLoss(NonFiniteError):
     """The loss became NaN or infinite.
 
     The message names the step, the epoch and the learning rate.
@@ -99,9 +100,9 @@ class _Loop:
 
         Raises
         ------
-        NonFiniteLoss
-            At the end of the epoch in which the loss stopped being finite; what was
-            recorded is kept.
+        NonFiniteLoss, nbutils.optimizer.NonFiniteError
+            At the end of the epoch in which the loss, or a weight, stopped being finite;
+            what was recorded is kept.
         ValueError
             If a schedule was made for another number of steps.
         """
@@ -282,6 +283,7 @@ class _Recorder:
             if not math.isfinite(loss):
                 step = self.step - len(losses) + i
                 self._refuse("loss", loss, step, f"batch {i}")
+        self._check_weights()
         row = {"epoch": self.epoch, "loss": sum(losses) / len(losses)}
         seconds = time.perf_counter() - start
         if self.valid is not None:
@@ -294,6 +296,18 @@ class _Recorder:
         row["seconds"] = seconds
         row["valid_seconds"] = time.perf_counter() - start - seconds
         self.history.append(row)
+
+    def _check_weights(self):
+        named = dict(self.model.named_parameters())
+        whole = torch.stack([p.detach().isfinite().all() for p in named.values()])
+        broken = [name for name, good in zip(named, whole.tolist()) if not good]
+        if broken:
+            raise NonFiniteError(
+                f"after step {self.step - 1} (epoch {self.epoch}), lr "
+                f"{self.trace['lr'][-1]:g}, {len(broken)} of {len(named)} parameters are "
+                f"not finite, {broken[0]} the first: a gradient was NaN or infinite; lower "
+                "the learning rate or clip the gradient (clip_norm). To find the step, "
+                "call optimizer.check_finite() in a before_step callback")
 
     def _refuse(self, what, value, step, where):
         lr = self.trace["lr"][step]

@@ -17,7 +17,7 @@ def momentum(p, g, state, *, momentum=0.0, nesterov=False):
     et al. (2013), in torch's convention: lr stands outside of the sum, no dampening.
     """
     buf = state["momentum_buffer"].mul_(momentum).add_(g)
-    return g + momentum * buf if nesterov else buf
+    return g.add(buf, alpha=momentum) if nesterov else buf
 
 # %% ../nbs/02-momentum.ipynb #sgd
 SGD = optimizer(

@@ -56,7 +56,7 @@ def stepper(function=None, *, state=(), skip_at_zero=None):
 @stepper(skip_at_zero="l2")
 def l2(p, g, state, *, l2=0.0):
     """L2 regularization: add `l2 * p`, the gradient of l2/2 |p|², to the direction."""
-    return g + l2 * p
+    return g.add(p, alpha=l2)                  # g + l2 * p
 
 
 @stepper(skip_at_zero="weight_decay")

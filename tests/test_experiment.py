@@ -25,6 +25,7 @@ from nbutils.core import seed_everything
 from nbutils.experiment import (SIZES, CellBusy, Checkpoint, Config, Task, get_task, records_folder, register, run, runs_folder,
                                 thin)
 from nbutils.learner import Callback, Learner, NonFiniteLoss
+from nbutils.optimizer import NonFiniteError
 from nbutils.momentum import SGD
 from nbutils.records import config_hash, read_record, read_records, write_record
 from nbutils.schedule import one_cycle
@@ -668,7 +669,7 @@ def test_nonfinite_loss_names_everything_and_keeps_what_it_had(place):
 
 def test_weights_that_blow_up_at_the_last_step(place):
     """Every training loss is finite, and the net that comes out is not: that is no record."""
-    with pytest.raises(NonFiniteLoss, match="toy late .smoke., seed 0"):
+    with pytest.raises(NonFiniteError, match="toy late .smoke., seed 0"):
         place.run("late")
     assert read_records(place.records) == []
 

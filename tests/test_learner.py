@@ -19,6 +19,7 @@ from nbutils.core import seed_everything
 from nbutils.data import Batches, Images, pad_crop_flip
 from nbutils.learner import HOOKS, Callback, Learner, NonFiniteLoss, accuracy, best_precision, tta
 from nbutils.momentum import SGD
+from nbutils.optimizer import NonFiniteError
 from nbutils.schedule import one_cycle
 
 
@@ -415,6 +416,38 @@ def test_bad_image_is_found():
     train[2][0][3, 1] = float("nan")
     with pytest.raises(NonFiniteLoss, match=r"at step 2 \(epoch 1, batch 2\)"):
         learner(train=train).fit(1)
+
+
+class Spoil(Callback):
+    """Makes one gradient infinite or NaN at one step, and looks for that when told to."""
+
+    def __init__(self, step, value=float("nan"), look=False):
+        self.step, self.value, self.look = step, value, look
+
+    def before_step(self, learner):
+        if learner.step == self.step:
+            learner.model[3].weight.grad[0, 0] = self.value
+        if self.look:
+            learner.optimizer.check_finite()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("make", [lambda p: SGD(p, lr=0.1), lambda p: AdamW(p, lr=0.1, engine="fast")], ids=["SGD", "AdamW"])
+def test_gradient_that_breaks_with_the_last_batch(make, value):
+    """All losses are finite, and there is no valid set: the weights tell, at the epoch's end."""
+    run = learner(make=make, callbacks=[Spoil(7, value)])
+    with pytest.raises(NonFiniteError, match=r"after step 7 \(epoch 2\), lr 0.1, 1 of 6 parameters are not finite, "
+                                             r"3.weight the first: a gradient was NaN or infinite; lower .*clip_norm"):
+        run.fit(3)
+    assert [row["epoch"] for row in run.history] == [1] and len(run.trace["loss"]) == 8
+    assert all(abs(loss) < float("inf") for loss in run.trace["loss"])
+
+
+def test_gradients_are_looked_at_when_asked_for():
+    run = learner(callbacks=[Spoil(2, look=True)])
+    with pytest.raises(NonFiniteError, match="SGD: the gradient of parameter 4 of group 0 is not finite"):
+        run.fit(1)
+    assert run.step == 2
 
 
 # --- bad input -----------------------------------------------------------------------------------
