@@ -165,23 +165,28 @@ class _Traced(_Operand):
         base, given = name.rstrip("_"), [self._value(a) for a in args]
         scale = next(self.numbers) if (alpha, value) != (None, None) else None
         if base in ("addcmul", "addcdiv"):
-            combine = torch.mul if base == "addcmul" else torch.div
-            base, given = "add", [[combine(a, b) for a, b in zip(*given)]]
+            base, given = "add", [_foreach(base[4:])(*given)]
         elif base == "lerp":
             end, scale = given
-            base, given = "add", [[b - a for a, b in zip(self.tensors, end)]]
+            base, given = "add", [_foreach("sub")(end, self.tensors)]
         if scale is not None:
-            given[0] = [t * scale for t in given[0]]
-        columns = [a if isinstance(a, list) else itertools.repeat(a) for a in given]
-        out = [getattr(torch, base)(*row) for row in zip(self.tensors, *columns)]
+            given[0] = _foreach("mul")(given[0], scale)
+        out = _apply(base, self.tensors, given)
         if not name.endswith("_"):
             return _Traced(out, self.numbers)
-        for t, new in zip(self.tensors, out):
-            t.copy_(new)
+        torch._foreach_copy_(self.tensors, out)
         return self
 
     def _value(self, argument):
         return argument.tensors if isinstance(argument, _Traced) else next(self.numbers)
+
+
+def _apply(name, tensors, given):
+    numbers = [a for a in given if isinstance(a, torch.Tensor)]
+    if not numbers or name in ("add", "mul", "div"):  # foreach takes a tensor for these
+        return _foreach(name)(tensors, *given)
+    columns = [itertools.repeat(a) if isinstance(a, torch.Tensor) else a for a in given]
+    return [getattr(torch, name)(*row) for row in zip(tensors, *columns)]
 
 # %% ../nbs/05-step-speed.ipynb #compile
 def _make_kernel(active, names, step, lists, numbers):
@@ -212,12 +217,25 @@ def _run_compiled(opt, group, params):
         lists = (members, [p.grad for p in members],
                  [[s[name] for s in states] for name in names])
         key = program, tuple(map(id, members))
-        if key not in kernels:
-            kernels[key] = _make_kernel(active, names, step, lists, numbers)
-        kernels[key](*lists, numbers)
+        if key in kernels:
+            kernels[key](*lists, numbers)
+        else:
+            kernel = _make_kernel(active, names, step, lists, numbers)
+            _first_call(type(opt).__name__, kernel, *lists, numbers)
+            kernels[key] = kernel
 
 
 ENGINES["compiled"] = _run_compiled
+
+
+def _first_call(where, kernel, *arguments):
+    try:
+        kernel(*arguments)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        why = str(error).strip().split("\n")[0]
+        raise RuntimeError(
+            f"{where}: the step could not be compiled ({why}); torch.compile needs a C++ "
+            "compiler for CPUs and Triton for GPUs; without, use engine='lists'") from error
 
 # %% ../nbs/05-step-speed.ipynb #fused
 _FUSED = {(moments, adam_step): "adam", (moments, amsgrad, adam_step): "adam",

@@ -102,6 +102,24 @@ def with_grads(dtype):
     return params(3, dtype)
 
 
+@stepper(state=("seen",))
+def odd_operations(p, g, state, *, lr, power=2.0):
+    """What no optimizer of the book uses: numbers before lists, powers, clamps, quotients."""
+    state["seen"].add_(g.abs() ** power)
+    bounded = (1 - g / (1 + state["seen"].sqrt())).clamp_min(0.1)
+    p.sub_((lr / bounded).addcdiv(g, bounded + 2, value=-lr) * 0.5)
+    return -g
+
+
+Odd = optimizer("Odd", odd_operations, lr=0.1)
+
+
+def test_any_arithmetic_runs_by_lists_and_compiled():
+    for engine in ("lists", "compiled"):
+        ends = [walk(Odd(params(2), engine=e), 5) for e in ("loop", engine)]
+        torch.testing.assert_close(*ends, rtol=0, atol=1e-12)
+
+
 def test_l2_and_decay_together_run_over_lists_and_compiled():
     for engine in ("lists", "compiled", "fast"):
         ends = [walk(Adam(params(2), lr=0.1, l2=0.1, weight_decay=0.2, engine=e)) for e in ("loop", engine)]
@@ -347,6 +365,20 @@ def test_operations_without_lists():
     with pytest.raises(AttributeError, match="no foreach function for 'cumsum': .*engine='loop' only"):
         opt.step()
     assert not any("step" in s for s in opt.state.values())      # a step that failed is not counted
+
+
+@pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
+def test_without_a_compiler():
+    from torch._inductor import config
+
+    mine = params(1, size=13)
+    before, opt = mine[0].detach().clone(), AdamW(mine, lr=0.1, engine="compiled")
+    with config.patch({"cpp.cxx": ("/nowhere/g++",), "force_disable_caches": True}):
+        with pytest.raises(RuntimeError, match="AdamW: the step could not be compiled .*/nowhere/g.*engine='lists'"):
+            opt.step()
+    assert torch.equal(mine[0], before) and "step" not in opt.state[mine[0]]
+    opt.step()                                                   # with a compiler it goes on
+    assert opt.state[mine[0]]["step"] == 1
 
 
 @pytest.mark.parametrize("engine", ["loop", "lists", "compiled"])

@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""Write book/speed.md, the page of the benchmarks, from book/records/bench.
+"""Write book/speed.md, the page of the benchmarks, from book/records/bench and book/records/steps.
 
 The newest record of each machine is shown in full, older ones are listed. The page is made by
-`make book` and not committed. bench/bench.py makes the records and says what is in them.
+`make book` and not committed. bench/bench.py and bench/steps.py make the
+records and say what is in them.
 """
 import argparse
 import sys
@@ -14,6 +15,7 @@ PAGE = ROOT / "book" / "speed.md"
 sys.path.insert(0, str(ROOT / "bench"))
 
 from bench import epoch_seconds, find, load_records, median, ratios  # noqa: E402
+import steps  # noqa: E402
 
 GOAL = 1.02                # our Learner over the plain loop, fed alike
 NAMES = {"plain": "plain loop", "learner": "our Learner", "fastai": "fastai's Learner",
@@ -31,6 +33,9 @@ There are two questions, and two tables. *Fed alike*: every loop gets its batche
 Everyone but our Learner uses torch's AdamW; ours is nbutils' own on the CPU, and torch's fused one, like everybody's, on a GPU. fastai and Lightning run as their documentation teaches, without bars, loggers and checkpoints, but with the bookkeeping of losses that each does by itself. fastai 2.8 knows mixed precision on CUDA only; on the CPU we gave it the processor's autocast. Only on a GPU are the nets compiled, for all. Two things weigh on the loaders here: torchvision's symmetric padding, which the recipe of 2018 asks for, goes through NumPy and is slower than its padding with zeros; and fastai starts its loader processes anew at each epoch (the others keep theirs), which a short epoch feels more than a whole one.
 """
 EMPTY = "No benchmark is recorded yet: *not run*.\n"
+STEPS = """## The optimizer's step
+
+`make bench-steps` times AdamW's step alone, on the parameter sets of the book's three tasks, ours by each engine and torch's by each of its implementations, in turns; [chapter 5](../nbs/05-step-speed.ipynb) explains the engines and the floor, and judges the goals. Medians in ms; in brackets the median ratio to torch's fused function in the same round."""
 
 
 def table(header, rows):
@@ -129,10 +134,11 @@ def machine(record):
     return record["machine"]["gpu"] or record["machine"]["cpu"]
 
 
-def conditions(record):
+def conditions(record, folder="bench"):
     """Date, load, versions, data and code of a record, as a paragraph."""
     load, commit = record["load"], record["commit"]
-    parts = [f"{record['started'][:10]}, {record['seconds'] / 60:.1f} minutes; data: {record['data']}; "
+    data = f"data: {record['data']}; " if "data" in record else ""
+    parts = [f"{record['started'][:10]}, {record['seconds'] / 60:.1f} minutes; {data}"
              f"{record['machine']['cores']} cores, {record['machine']['memory_gb']} GB.",
              f"Others kept {load['before']['busy_cores']} cores busy before and {load['after']['busy_cores']} after; "
              f"load averages before: {', '.join(map(str, load['before']['averages']))}."]
@@ -141,15 +147,46 @@ def conditions(record):
     if load["anyway"]:
         parts.append("**The machine was not quiet: these figures are not to be trusted.**")
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    parts.append(f"{versions}; commit `{commit[:10]}{'+' if commit.endswith('+') else ''}`. {link(record)}.")
+    parts.append(f"{versions}; commit `{commit[:10]}{'+' if commit.endswith('+') else ''}`. {link(record, folder=folder)}.")
     return " ".join(parts)
 
 
-def link(record, text="Record"):
-    return f'<a href="../records/bench/{record["name"]}.json">{text}</a>'
+def link(record, text="Record", folder="bench"):
+    return f'<a href="../records/{folder}/{record["name"]}.json">{text}</a>'
 
 
-def page(records):
+def steps_table(record, rule):
+    """Each contender's step on each parameter set, for one rule."""
+    cases = [case for case in record["cases"] if not case["not_run"] and case["rule"] == rule]
+    header = ["", *(f"{case['device']}, {case['parameters']}" for case in cases)]
+    rows = []
+    for name in steps.CONTENDERS:
+        row = [name]
+        for case in cases:
+            own = steps.find(case, name) and steps.find(case, "torch fused")
+            row.append(f"{steps.milliseconds(case, name):.3g} "
+                       f"({median(steps.step_ratios(case, name, 'torch fused')):.2f})" if own else "not run")
+        rows.append(row)
+    rows.append(["floor", *(f"{steps.floor_milliseconds(case):.3g}" for case in cases)])
+    return table(header, rows)
+
+
+def steps_section(records):
+    """The newest record of each machine; what was not run is said."""
+    if not records:
+        return [STEPS, EMPTY.strip()]
+    parts = [STEPS]
+    for record in records:
+        measured = [case for case in record["cases"] if not case["not_run"]]
+        missing = [f"{case['device']}: *not run*, {case['not_run']}." for case in record["cases"] if case["not_run"]]
+        n = f"n = {measured[0]['rounds']} rounds of {measured[0]['steps']} steps, float32"
+        parts += [f"### Steps on {machine(record)}", f"{n}. {conditions(record, 'steps')} {' '.join(missing)}".strip()]
+        for rule in dict.fromkeys(case["rule"] for case in measured):
+            parts += [f"{rule}:", steps_table(record, rule)]
+    return parts
+
+
+def page(records, of_steps=()):
     """The whole page as Markdown; records come newest first."""
     parts, older, shown = [HEAD], [], set()
     for record in records:
@@ -162,8 +199,9 @@ def page(records):
     if older:
         parts += ["## Earlier records", "\n".join(f"- {link(r, r['name'])}: {machine(r)}" for r in older)]
     if not any(found["device"] == "cuda" for record in records for found in record["sets"]):
-        parts.append("No benchmark has seen a GPU so far: *not run*.")
-    return "\n\n".join(parts if records else [HEAD, EMPTY]).rstrip() + "\n"
+        parts.append("No benchmark of the loops has seen a GPU so far: *not run*.")
+    parts = parts if records else [HEAD, EMPTY.strip()]
+    return "\n\n".join([*parts, *steps_section(of_steps)]).rstrip() + "\n"
 
 
 def main():
@@ -172,8 +210,9 @@ def main():
     parser.add_argument("--page", type=Path, default=PAGE, help="page to write")
     chosen = parser.parse_args()
     records = load_records(chosen.records)
-    chosen.page.write_text(page(records), encoding="utf-8")
-    print(f"{chosen.page.name}: {len(records)} benchmarks")
+    of_steps = steps.newest(chosen.records.parent / "steps")
+    chosen.page.write_text(page(records, of_steps), encoding="utf-8")
+    print(f"{chosen.page.name}: {len(records)} benchmarks of loops, {len(of_steps)} of steps")
     return 0
 
 
