@@ -232,7 +232,7 @@ def _first_call(where, kernel, *arguments):
     try:
         kernel(*arguments)
     except torch._dynamo.exc.TorchDynamoException as error:
-        why = str(error).strip().split("\n")[0]
+        why = " ".join(str(error).split("\n")[:2]).strip()
         raise RuntimeError(
             f"{where}: the step could not be compiled ({why}); torch.compile needs a C++ "
             "compiler for CPUs and Triton for GPUs; without, use engine='lists'") from error

@@ -19,6 +19,8 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 import steps  # noqa: E402  (bench/steps.py)
 
+# torch 2.11 warns of its own use of torch.jit when it compiles
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 FAST = ("lists", "fused", "fast")
 RULES = [
     (AdamW, {"weight_decay": 0.1}, torch.optim.AdamW, {"weight_decay": 0.1}),
