@@ -181,7 +181,7 @@ def golden_path(rule, start, gradients, lr):
     -------
     list of Tensor
     """
-    start, *row = (torch.as_tensor(x).double() for x in (start, *gradients))
+    start, *row = (torch.as_tensor(x, dtype=torch.float64) for x in (start, *gradients))
     tape = SimpleNamespace(starts=[start], curves=[0], jumps=[[g] for g in row],
                            restart=0, hypers=[[{"lr": lr, "decay": 1}]] * len(row))
     return [p for (p,) in _golden(rule, tape)]
@@ -264,7 +264,8 @@ def _drive(name, r, factory):
             _call(opt, params, tape.curves, row) if tape.closure else opt.step()
             seen.append([p.detach().double().clone() for p in params])
     except Exception as error:
-        return tape, seen, f"{type(error).__name__} at step {t}: {error}"
+        why = str(error).split("\n")[0]
+        return tape, seen, f"{type(error).__name__} at step {t}: {why}"
     return tape, seen, None
 
 
@@ -307,12 +308,11 @@ FAULTS = {
     "eps added to the parameter": {"eps_at": "parameter"},
     "decay after the step": {"decay_at": "after"},
     "decay after the step with the new lr": {"decay_at": "late"},
-    "max never stored": {"amsgrad": None},
     "correction by the initial beta1": {"power": "initial"},
     "moves of betas and momentum ignored": {"ignores": ("betas", "momentum")},
     "missing gradients taken as zero": {"missing": "zero"},
     "one count of steps for all parameters": {"count": "shared"},
-    "state lost on loading": {"forgets": True}}
+    "max never stored": {"amsgrad": None}, "state lost on loading": {"forgets": True}}
 FAULTS |= {f"decay skipped for group {' and '.join(map(str, g))}": {"undecayed": g}
            for n in (1, 2, 3) for g in combinations(range(3), n)}
 
