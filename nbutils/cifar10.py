@@ -120,11 +120,18 @@ def _rows():
         yield replace(full, size="smoke", **tiny, **small)
     laptop = {"size": "laptop", "net": "plain-6"}
     yield Cifar10Config(row="adamw-laptop-94", epochs=20, views=4, **laptop, **_ADAMW)
-    for l2 in (1e-6, 1e-5, 1e-4):
+    yield from _grid("adam", "l2", (1e-6, 1e-5, 1e-4), epochs=2, **laptop)
+    yield from _grid("adam", "l2", (1e-6, 1e-5, 1e-4), epochs=8, size="full")
+    yield from _grid("adamw", "weight_decay", (0.03, 0.1, 0.3), epochs=8, size="full")
+
+
+def _grid(optimizer, name, values, **settings):
+    """Rows of both learning rates and each of the values of l2 or weight_decay."""
+    for value in values:
         for lr in (1e-3, 3e-3):
-            row = f"grid-adam-l2-{l2:.0e}-lr-{lr:.0e}".replace("e-0", "e-")
-            adam = {"optimizer": "adam", "lr": lr, "l2": l2, "epochs": 2}
-            yield Cifar10Config(row=row, **laptop, **adam)
+            row = f"grid-{optimizer}-{name.replace('weight_decay', 'wd')}-{value:.0e}"
+            yield Cifar10Config(row=f"{row}-lr-{lr:.0e}".replace("e-0", "e-"), lr=lr,
+                                optimizer=optimizer, **{name: value}, **settings)
 
 # %% ../nbs/11-cifar10.ipynb #plain-net
 def plain_net(
@@ -269,7 +276,7 @@ def build(config, seed, device):
         device=device,
         precision=config.precision,
         channels_last=True,
-        compile=torch.device(device).type == "cuda",
+        compile={"dynamic": False} if torch.device(device).type == "cuda" else False,
     )
 
 # %% ../nbs/11-cifar10.ipynb #score

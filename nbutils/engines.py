@@ -7,11 +7,13 @@ __all__ = ['ENGINES', 'TensorList']
 
 # %% ../nbs/05-step-speed.ipynb #imports
 import itertools
+import operator
 
 import torch
 
 from .adam import adam_step, moments
 from .amsgrad import amsgrad
+from .kernel import Launch, lacking, no_kernel
 from .momentum import momentum
 from .optimizer import ENGINES, _active, l2, sgd_step, weight_decay
 
@@ -87,16 +89,16 @@ def _gather(opt, params, names):
     Parameters that have made different numbers of steps, because gradients were missing,
     come in lists of their own, and so do those of another device or dtype.
     """
-    buckets = {}
-    for p in params:
-        state = opt.state[p]
-        for name in names:
+    states, buckets = [opt.state[p] for p in params], {}
+    for name in names:
+        for p, state in zip(params, states):
             if state.get(name) is None:
                 state[name] = torch.zeros_like(p)
+    for p, state in zip(params, states):
         key = int(state.get("step", 0)) + 1, p.device, p.dtype
-        members, states = buckets.setdefault(key, ([], []))
+        members, own = buckets.setdefault(key, ([], []))
         members.append(p)
-        states.append(state)
+        own.append(state)
     for (step, *_), (members, states) in buckets.items():
         yield step, members, states
         for state in states:
@@ -111,8 +113,8 @@ def _number(value):
 # %% ../nbs/05-step-speed.ipynb #run-lists
 def _plan(opt, group):
     """The active steppers, hyper-parameters as Python's numbers, names of states."""
-    active = [(s, {k: _number(v) for k, v in hypers.items()})
-              for s, hypers in _active(opt.steppers, group)]
+    hypers = {name: _number(group[name]) for name in opt.hypers}
+    active = _active(opt.steppers, hypers)
     return active, [name for s, _ in active for name in s.state_names]
 
 
@@ -126,9 +128,13 @@ def _run_steppers(active, p, g, state):
 def _run_lists(opt, group, params):
     active, names = _plan(opt, group)
     for step, members, states in _gather(opt, params, names):
-        state = {name: TensorList([s[name] for s in states]) for name in names}
-        grads = TensorList([p.grad for p in members])
-        _run_steppers(active, TensorList(members), grads, state | {"step": step})
+        _run_steppers(active, *_as_lists(members, states, names, step))
+
+
+def _as_lists(members, states, names, step):
+    lists = {name: TensorList([s[name] for s in states]) for name in names}
+    grads = TensorList([p.grad for p in members])
+    return TensorList(members), grads, lists | {"step": step}
 
 
 ENGINES["lists"] = _run_lists
@@ -137,21 +143,28 @@ ENGINES["lists"] = _run_lists
 class _Probe(_Operand):
     """Stands for a list: notes the operations and their numbers, and does nothing."""
 
-    def __init__(self, program, numbers):
-        self.program, self.numbers = program, numbers
+    def __init__(self, name, program, numbers):
+        self.name, self.program, self.numbers = name, program, numbers
 
     def _call(self, name, *args, **kwargs):
-        given = [a for a in (*args, *kwargs.values()) if not isinstance(a, _Probe)]
-        self.program.append((name, len(args), *kwargs, len(given)))
-        self.numbers += given
-        return self
+        program, numbers, made = self.program, self.numbers, self
+        if not name.endswith("_"):
+            made = _Probe(f"x{len(program)}", program, numbers)
+        operands = []
+        for a in (*args, *kwargs.values()):
+            if not isinstance(a, _Probe):
+                numbers.append(a)
+            operands.append(a.name if isinstance(a, _Probe) else f"n{len(numbers) - 1}")
+        words = " ".join((name.rstrip("_"), *kwargs))
+        program.append((made.name, words, self.name, *operands))
+        return made
 
 
 def _probe(active, names, step):
     """What the steppers do: the operations, and the numbers in the order of their use."""
     program, numbers = [], []
-    p = _Probe(program, numbers)
-    _run_steppers(active, p, p, {"step": step, **dict.fromkeys(names, p)})
+    p, g, *states = (_Probe(name, program, numbers) for name in ("p", "g", *names))
+    _run_steppers(active, p, g, {"step": step, **dict(zip(names, states))})
     return tuple(program), numbers
 
 # %% ../nbs/05-step-speed.ipynb #traced
@@ -259,7 +272,7 @@ def _run_fused(opt, group, params):
     hypers = {name: _number(group[name]) for name in opt.hypers}
     run = _fused_adam if kind == "adam" else _fused_sgd
     _run_lists(opt, group, [p for p in params if not _is_dense(p)])
-    for step, members, states in _gather(opt, filter(_is_dense, params), names):
+    for step, members, states in _gather(opt, list(filter(_is_dense, params)), names):
         lists = {name: [_like(s, name, p) for s, p in zip(states, members)]
                  for name in names}
         grads = [_like({0: p.grad}, 0, p) for p in members]
@@ -272,8 +285,13 @@ def _is_dense(p):
 
 def _like(holder, name, p):
     """The tensor holder[name], which is laid out anew if it is not like p."""
-    if holder[name].stride() != p.stride():
-        holder[name] = torch.empty_like(p).copy_(holder[name])
+    t = holder[name]
+    if t.stride() != p.stride():
+        steps = zip(t.stride(), p.stride(), p.shape)
+        if all(a == b for a, b, n in steps if n > 1):    # the same order of elements
+            holder[name] = t.as_strided(p.shape, p.stride())
+        else:
+            holder[name] = torch.empty_like(p).copy_(t)
     return holder[name]
 
 # %% ../nbs/05-step-speed.ipynb #fused-calls
@@ -297,8 +315,79 @@ def _fused_sgd(step, params, grads, state, hypers):
                       momentum=hypers.get("momentum", 0.0), is_first_step=False,
                       nesterov=hypers.get("nesterov", False))
 
+# %% ../nbs/05-step-speed.ipynb #last-launch
+class _Last:
+    """The last launch for a list of parameters, ready to run again with new numbers."""
+
+    def __init__(self, opt, states, launch):
+        self.states, self.launch, self.all = states, launch, list(opt.state.values())
+
+    def run(self, opt, params, active, names):
+        """Run, and return True, if all lies where it did; else do nothing."""
+        every, states = opt.state.values(), self.states
+        steps = {state["step"] for state in states}
+        if (len(steps) > 1 or len(every) != len(self.all)
+                or not all(map(operator.is_, every, self.all))):
+            return False
+        step = steps.pop() + 1
+        program, numbers = _probe(active, names, step)
+        if program != self.launch.program:
+            return False
+        columns = [params, [p.grad for p in params],
+                   *([state[name] for state in states] for name in names)]
+        if not self.launch.knows(columns):
+            return False
+        self.launch(numbers)
+        for state in states:
+            state["step"] = step
+        return True
+
+# %% ../nbs/05-step-speed.ipynb #kernel-engine
+class _NoKernel(ValueError):
+    pass
+
+
+def _new_launch(opt, program, names, device):
+    where, rest = type(opt).__name__, "use engine='compiled' or 'lists'"
+    if name := lacking(program):
+        raise _NoKernel(f"{where}: a stepper uses {name!r}, which nbutils.kernel cannot "
+                        f"write in Triton; {rest}")
+    if why := no_kernel(device):
+        raise _NoKernel(f"{where}: {why}; {rest}, or 'fast'")
+    return Launch(program, ("p", "g", *names))
+
+
+def _run_kernel(opt, group, params):
+    active, names = _plan(opt, group)
+    kept, ids = opt.__dict__.setdefault("_launches", {}), tuple(map(id, params))
+    if ids in kept and kept[ids].run(opt, params, active, names):
+        return torch.autograd.graph.increment_version(params)  # as torch's operations do
+    for step, members, states in _gather(opt, params, names):
+        program, numbers = _probe(active, names, step)
+        launch = kept.get((program, *map(id, members)))
+        launch = launch or _new_launch(opt, program, names, members[0].device)
+        if not all(map(_is_dense, members)):
+            _run_steppers(active, *_as_lists(members, states, names, step))
+            continue
+        columns = [members, [_like({0: p.grad}, 0, p) for p in members],
+                   *([_like(s, name, p) for s, p in zip(states, members)]
+                     for name in names)]
+        launch.place(columns, [p.grad for p in members])
+        launch(numbers)
+        torch.autograd.graph.increment_version(members)
+        kept[program, *map(id, members)] = launch
+        kept[tuple(map(id, members))] = _Last(opt, states, launch)
+
+
+ENGINES["kernel"] = _run_kernel
+
 # %% ../nbs/05-step-speed.ipynb #fast
 def _run_fast(opt, group, params):
+    if params and no_kernel(params[0].device) is None:
+        try:
+            return _run_kernel(opt, group, params)
+        except _NoKernel:
+            pass
     engine = "compiled" if _fused_kind(opt, group) is None else "fused"
     ENGINES[engine](opt, group, params)
 

@@ -128,10 +128,8 @@ class Task:
         """Whether a record was made with the settings and the recipe that its row has
         now.
         """
-        current = next(
-            (c for c in self.configs if (c.size, c.row) == (record.size, record.row)),
-            None,
-        )
+        cell = record.size, record.row
+        current = next((c for c in self.configs if (c.size, c.row) == cell), None)
         return (
             current is not None
             and record.recipe == self.recipe
@@ -142,11 +140,8 @@ class Task:
         """Return the records of one size that count, below ``folder``
         (:func:`records_folder` if not given).
         """
-        return [
-            r
-            for r in read_records(folder or records_folder(), self.name, size)
-            if self.counts(r)
-        ]
+        every = read_records(folder or records_folder(), self.name, size)
+        return [r for r in every if self.counts(r)]
 
     def rows(self, size):
         """Return the names of a size's rows in the order of want, without the grids."""
@@ -248,12 +243,18 @@ class Checkpoint(Callback):
     path : Path
     mark : dict
         What the checkpoint belongs to; another mark's checkpoint is not taken up.
+    seconds : float
+        An epoch that ends sooner than this after the last checkpoint is not kept.
     """
 
-    def __init__(self, path, mark):
-        self.path, self.mark = Path(path), mark
+    def __init__(self, path, mark, seconds=0.0):
+        self.path, self.mark, self.seconds = Path(path), mark, seconds
+        self.last = time.monotonic()
 
     def after_epoch(self, learner):
+        if time.monotonic() - self.last < self.seconds:
+            return
+        self.last = time.monotonic()
         whole, part = io.BytesIO(), self.path.with_suffix(".part")
         with open(part, "wb") as f:
             torch.save({"mark": self.mark, "state": learner.state_dict()}, whole)
@@ -338,12 +339,14 @@ def _prepare(folder, bytes_needed):
 
 # %% ../nbs/09-experiments.ipynb #begin
 def _begin(task, config, seed, device, folder, cell):
+    torch.backends.cudnn.benchmark = device.type == "cuda"  # try kernels, keep the fastest
     seed_everything(seed)
     learner = task.build(config, seed, device)
     parameters = sum(p.numel() for p in learner.model.parameters())
     _prepare(folder, 40 * parameters + 10e6)
     mark = {"config": config_hash(config), "recipe": task.recipe, "seed": seed}
-    checkpoint = Checkpoint(folder / f"{seed}.pt", mark)
+    often = {"cuda": 20.0}.get(device.type, 0.0)  # a GPU's epochs are short
+    checkpoint = Checkpoint(folder / f"{seed}.pt", mark, often)
     if checkpoint.path.exists() and not checkpoint.load(learner):
         seed_everything(seed)
         learner = task.build(config, seed, device)

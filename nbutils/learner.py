@@ -11,7 +11,6 @@ import copy
 import difflib
 import math
 import os
-import platform
 import sys
 import time
 
@@ -77,11 +76,7 @@ def best_precision(device=None):
     kind = torch.device(device or default_device()).type
     if kind == "cuda":
         return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
-    if (
-        kind == "cpu"
-        and platform.system() == "Linux"
-        and os.path.exists("/proc/cpuinfo")
-    ):
+    if kind == "cpu" and os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as lines:
             flags = next((line for line in lines if line.startswith("flags")), "")
         if "amx_bf16" in flags or "avx512_bf16" in flags:
@@ -173,9 +168,8 @@ class _Hypers:
         for name, schedule in self.schedules.items():
             value = schedule(progress)
             for group, place in zip(groups, self._places[name]):
-                group[place] = (
-                    (value, *group["betas"][1:]) if place == "betas" else value
-                )
+                pair = place == "betas"
+                group[place] = (value, *group["betas"][1:]) if pair else value
         first = groups[0]
         momentum = first["betas"][0] if "betas" in first else first.get("momentum", 0.0)
         self.trace["lr"].append(float(first["lr"]))
@@ -185,10 +179,9 @@ class _Hypers:
         for name, schedule in self.schedules.items():
             made_for = getattr(schedule, "steps", None)
             if made_for not in (None, steps):
-                raise ValueError(
-                    f"the schedule of {name} was made for {made_for} steps, and this fit "
-                    f"has {steps}: make it with steps={steps}, epochs times batches"
-                )
+                raise ValueError(f"the schedule of {name} was made for {made_for} steps, "
+                                 f"and this fit has {steps}: make it with steps={steps}, "
+                                 "epochs times batches")
 
     def _find_places(self, name):
         places = []
@@ -364,8 +357,9 @@ class Learner(_Loop, _Step, _Hypers, _Evaluation, _Recorder):
         The norm to which the whole model's gradient is cut before each step.
     channels_last : bool
         Keep 4-d weights and images in the layout that convolutions like best.
-    compile : bool or str
-        Compile the model's forward pass; a string is ``torch.compile``'s mode.
+    compile : bool, str or dict
+        Compile the model's forward pass; a string is ``torch.compile``'s mode, a dict
+        holds its arguments.
     progress : {"bar", "lines", "silent", None}
         None: a bar in notebooks and terminals, silent elsewhere; see :class:`Progress`.
 
@@ -403,12 +397,12 @@ class Learner(_Loop, _Step, _Hypers, _Evaluation, _Recorder):
                              "smaller than one batch with drop_last=True")
         layout = torch.channels_last if channels_last else torch.preserve_format
         self.model = model.to(self.device, memory_format=layout)
-        mode = None if compile is True else compile
-        self.forward = torch.compile(model, mode=mode) if compile else model
+        options = compile if isinstance(compile, dict) else {}
+        options = {"mode": compile} if isinstance(compile, str) else options
+        self.forward = torch.compile(model, **options) if compile else model
         self.train, self.valid, self.optimizer = train, valid, optimizer
-        self.loss_fn, self.metrics = loss_fn, metrics
-        if metrics is None:
-            self.metrics = {"accuracy": accuracy}
+        self.loss_fn = loss_fn
+        self.metrics = {"accuracy": accuracy} if metrics is None else metrics
         self.clip_norm, self.channels_last = clip_norm, channels_last
         fp16 = precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
@@ -504,8 +498,7 @@ def tta(learner, plain, augmented, views=4):
         augmented.set_epoch(view)
         outputs, same = learner.predict(augmented)
         if not torch.equal(same, targets):
-            raise ValueError(
-                "plain and augmented batches differ in their targets: both must be unshuffled, over the same images"
-            )
+            raise ValueError("plain and augmented batches differ in their targets: both "
+                             "must be unshuffled, over the same images")
         total += outputs.softmax(1)
     return total / (1 + views), targets

@@ -238,10 +238,10 @@ def _with_gradients(opt):
     work = [(group, [p for p in group["params"] if p.grad is not None])
             for group in opt.param_groups]
     for i, (_, params) in enumerate(work):
-        if any(p.grad.layout is not torch.strided for p in params):
+        if {p.grad.layout for p in params} - {torch.strided}:
             raise RuntimeError(f"{type(opt).__name__}, group {i}: a sparse gradient; "
                                "use nn.Embedding(..., sparse=False)")
-        if any(p.is_complex() for p in params):
+        if any(dtype.is_complex for dtype in {p.dtype for p in params}):
             raise RuntimeError(f"{type(opt).__name__}, group {i}: a complex parameter; "
                                "store torch.view_as_real of it as the parameter")
     return work
