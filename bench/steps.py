@@ -13,6 +13,11 @@ each round gives ratios between times measured within seconds of each other. lr 
 step, as in 1cycle. After the last round all must hold the same weights, and nothing may have been
 compiled since the warm-up; otherwise there is no record.
 
+On a GPU two times are told apart. `step` is what a program waits for: the time of a step when steps follow one
+another, which for small nets is the time that Python needs to launch it. `busy` is what the device works for it: the
+time of its kernels alone, added up by torch's profiler over some steps after the rounds. In a training the device has
+work queued, and `busy` is what a step costs.
+
 Memory takes turns too: `copy` copies a large tensor to another (8 bytes an element), `in place` multiplies
 one by a number (8 bytes as well, but what is written was read before, as in a step). A step must move at
 least 28 bytes a parameter (read p, g, m, v; write p, m, v), 36 with amsgrad; over the faster of the two
@@ -33,6 +38,8 @@ The record, book/records/steps/DATE-DEVICE.json (then -2, -3, ...; none is ever 
             first_step                    seconds, with compilation; null for memory
             compiled                      graphs compiled in the first step
             step                          a list: seconds of a step (mean of a round), a round each
+            busy, kernels                 seconds that the GPU's kernels took of a step, and their number; null
+                                          on a CPU and for memory
         largest_difference                between any two contenders' weights at the end, relative
 
 Medians, ratios and the floor are not stored: the functions below compute them.
@@ -56,7 +63,7 @@ RECORDS = HERE.parent / "book" / "records" / "steps"
 SETS = ("wide-resnet-22", "resnet-50", "awd-lstm")
 RULES = {"adamw": 28, "adamw-amsgrad": 36}              # bytes a parameter
 CONTENDERS = ("torch loop", "torch foreach", "torch fused", "nbutils loop", "nbutils lists", "nbutils compiled",
-              "nbutils fast")
+              "nbutils fused", "nbutils fast")
 TRIALS = ("trial: two temporaries", "trial: rates as tensors")     # what chapter 5 tells of, on the first case alone
 MEMORY = ("copy", "in place")
 
@@ -78,6 +85,12 @@ def milliseconds(case, name):
 def step_ratios(case, name, reference):
     """Time of one contender's step over another's, round by round."""
     return [a / b for a, b in zip(find(case, name)["step"], find(case, reference)["step"], strict=True)]
+
+
+def busy_milliseconds(case, name):
+    """Time of a step's kernels on the GPU, in ms; None on a CPU."""
+    busy = find(case, name).get("busy")
+    return None if busy is None else 1e3 * busy
 
 
 def bandwidth(case, name="in place"):
@@ -169,6 +182,7 @@ class Contender:
     def __init__(self, name, device, call):
         self.name, self.device, self.call = name, device, call
         self.first_step, self.compiled, self.times = None, 0, []
+        self.busy = self.kernels = None
 
     def run(self, steps):
         """Seconds of a step, the mean of `steps`; by CUDA's events on a GPU."""
@@ -187,6 +201,20 @@ class Contender:
         for _ in range(steps):
             self.call()
         return (time.perf_counter() - start) / steps
+
+
+    def watch(self, steps):
+        """Let torch's profiler add up the time of a step's kernels."""
+        import torch
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            for _ in range(steps):
+                self.call()
+            torch.cuda.synchronize()
+        found = [e for e in profiler.events() if str(e.device_type).endswith("CUDA")]
+        self.busy = sum(e.time_range.elapsed_us() for e in found) / 1e6 / steps or None
+        self.kernels = len(found) / steps
 
 
 def stepper(opt):
@@ -245,8 +273,11 @@ def measure(device, which, rule, chosen):
     if compiled_graphs() != graphs:
         raise SystemExit(f"{device} {which} {rule}: {compiled_graphs() - graphs} graphs were compiled after the "
                          "warm-up, so the times hold compilations: no record")
-    case["contenders"] = [{"name": c.name, "first_step": c.first_step, "compiled": c.compiled, "step": c.times}
-                          for c in contenders]
+    for c in contenders if device == "cuda" else ():
+        if c.name not in MEMORY:
+            c.watch(chosen.steps)
+    case["contenders"] = [{"name": c.name, "first_step": c.first_step, "compiled": c.compiled, "step": c.times,
+                           "busy": c.busy, "kernels": c.kernels} for c in contenders]
     case["largest_difference"] = apart(list(weights.values()))
     if not case["largest_difference"] < 1e-3:
         raise SystemExit(f"{device} {which} {rule}: the weights at the end differ by {case['largest_difference']:.3g} "
@@ -269,7 +300,8 @@ def report(case):
     lines = [f"{case['device']}, {case['parameters']}, {case['rule']}: {case['elements']:,} parameters in "
              f"{case['tensors']} tensors; floor {floor_milliseconds(case):.3g} ms "
              f"(copy {bandwidth(case, 'copy') / 1e9:.0f}, in place {bandwidth(case) / 1e9:.0f} GB/s)",
-             f"  {'':<18}{'ms':>9}{'first, s':>10}{'to torch foreach':>24}{'to torch fused':>24}{'to the floor':>14}"]
+             f"  {'':<24}{'ms':>9}{'first, s':>10}{'to torch foreach':>24}{'to torch fused':>24}{'to the floor':>14}"
+             f"{'busy, to the floor':>20}"]
     for c in case["contenders"]:
         cells = []
         for reference in ("torch foreach", "torch fused"):
@@ -278,7 +310,9 @@ def report(case):
         ms = milliseconds(case, c["name"])
         over = "–" if c["name"] in MEMORY else f"{ms / floor_milliseconds(case):.2f}"
         first = "–" if c["first_step"] is None else f"{c['first_step']:.2f}"
-        lines.append(f"  {c['name']:<18}{ms:>9.3f}{first:>10}{cells[0]:>24}{cells[1]:>24}{over:>14}")
+        busy = busy_milliseconds(case, c["name"])
+        busy = "–" if busy is None else f"{busy / floor_milliseconds(case):.2f}"
+        lines.append(f"  {c['name']:<24}{ms:>9.3f}{first:>10}{cells[0]:>24}{cells[1]:>24}{over:>14}{busy:>20}")
     return "\n".join(lines)
 
 
