@@ -7,13 +7,12 @@ __all__ = ['ENGINES', 'TensorList']
 
 # %% ../nbs/05-step-speed.ipynb #imports
 import itertools
-import operator
 
 import torch
 
 from .adam import adam_step, moments
 from .amsgrad import amsgrad
-from .kernel import Launch, lacking, no_kernel
+from .kernel import Launch, no_kernel, write_formulas
 from .momentum import momentum
 from .optimizer import ENGINES, _active, l2, sgd_step, weight_decay
 
@@ -148,15 +147,16 @@ class _Probe(_Operand):
 
     def _call(self, name, *args, **kwargs):
         program, numbers, made = self.program, self.numbers, self
-        if not name.endswith("_"):
+        if name[-1] != "_":
             made = _Probe(f"x{len(program)}", program, numbers)
-        operands = []
+        operands = [made.name, " ".join((name.rstrip("_"), *kwargs)), self.name]
         for a in (*args, *kwargs.values()):
-            if not isinstance(a, _Probe):
+            if isinstance(a, _Probe):
+                operands.append(a.name)
+            else:
+                operands.append(f"n{len(numbers)}")
                 numbers.append(a)
-            operands.append(a.name if isinstance(a, _Probe) else f"n{len(numbers) - 1}")
-        words = " ".join((name.rstrip("_"), *kwargs))
-        program.append((made.name, words, self.name, *operands))
+        program.append(tuple(operands))
         return made
 
 
@@ -166,6 +166,20 @@ def _probe(active, names, step):
     p, g, *states = (_Probe(name, program, numbers) for name in ("p", "g", *names))
     _run_steppers(active, p, g, {"step": step, **dict(zip(names, states))})
     return tuple(program), numbers
+
+# %% ../nbs/05-step-speed.ipynb #read
+_READ = {}      # steppers and their flags -> operations and a function for the numbers, or None
+
+
+def _read(active, names, step):
+    """As :func:`_probe`, but by formulas that were written down once, where that can be."""
+    key = tuple((s, *(v for v in h.values() if isinstance(v, bool))) for s, h in active)
+    if key not in _READ:
+        _READ[key] = write_formulas(active, lambda *given: _probe(given[0], names, given[1]))
+    if _READ[key] is None:
+        return _probe(active, names, step)
+    program, numbers = _READ[key]
+    return program, numbers(step, **{k: v for _, h in active for k, v in h.items()})
 
 # %% ../nbs/05-step-speed.ipynb #traced
 class _Traced(_Operand):
@@ -215,17 +229,14 @@ def _make_kernel(active, names, step, lists, numbers):
     graph = make_fx(run, tracing_mode="fake")(*lists, numbers)
     return torch.compile(graph, fullgraph=True, dynamic=False)
 
-
-def _number_dtype(dtype):
-    return torch.float64 if dtype is torch.float64 else torch.float32
-
 # %% ../nbs/05-step-speed.ipynb #run-compiled
 def _run_compiled(opt, group, params):
     active, names = _plan(opt, group)
     kernels = opt.__dict__.setdefault("_kernels", {})  # not saved with the optimizer
     for step, members, states in _gather(opt, params, names):
-        program, numbers = _probe(active, names, step)
-        device, exact = members[0].device, _number_dtype(members[0].dtype)
+        program, numbers = _read(active, names, step)
+        device, dtype = members[0].device, members[0].dtype
+        exact = torch.float64 if dtype is torch.float64 else torch.float32
         numbers = torch.tensor(numbers, dtype=exact).to(device, non_blocking=True)
         lists = (members, [p.grad for p in members],
                  [[s[name] for s in states] for name in names])
@@ -320,21 +331,21 @@ class _Last:
     """The last launch for a list of parameters, ready to run again with new numbers."""
 
     def __init__(self, opt, states, launch):
-        self.states, self.launch, self.all = states, launch, list(opt.state.values())
+        self.states, self.launch = states, launch
+        self.all = list(map(id, opt.state.values()))
 
     def run(self, opt, params, active, names):
         """Run, and return True, if all lies where it did; else do nothing."""
-        every, states = opt.state.values(), self.states
+        states = self.states
         steps = {state["step"] for state in states}
-        if (len(steps) > 1 or len(every) != len(self.all)
-                or not all(map(operator.is_, every, self.all))):
+        if len(steps) > 1 or list(map(id, opt.state.values())) != self.all:
             return False
         step = steps.pop() + 1
-        program, numbers = _probe(active, names, step)
+        program, numbers = _read(active, names, step)
         if program != self.launch.program:
             return False
         columns = [params, [p.grad for p in params],
-                   *([state[name] for state in states] for name in names)]
+                   *([state.get(name) for state in states] for name in names)]
         if not self.launch.knows(columns):
             return False
         self.launch(numbers)
@@ -348,12 +359,9 @@ class _NoKernel(ValueError):
 
 
 def _new_launch(opt, program, names, device):
-    where, rest = type(opt).__name__, "use engine='compiled' or 'lists'"
-    if name := lacking(program):
-        raise _NoKernel(f"{where}: a stepper uses {name!r}, which nbutils.kernel cannot "
-                        f"write in Triton; {rest}")
-    if why := no_kernel(device):
-        raise _NoKernel(f"{where}: {why}; {rest}, or 'fast'")
+    if why := no_kernel(device, program):
+        raise _NoKernel(f"{type(opt).__name__}: {why}; use engine='fast', 'compiled' or "
+                        "'lists'")
     return Launch(program, ("p", "g", *names))
 
 
@@ -363,7 +371,7 @@ def _run_kernel(opt, group, params):
     if ids in kept and kept[ids].run(opt, params, active, names):
         return torch.autograd.graph.increment_version(params)  # as torch's operations do
     for step, members, states in _gather(opt, params, names):
-        program, numbers = _probe(active, names, step)
+        program, numbers = _read(active, names, step)
         launch = kept.get((program, *map(id, members)))
         launch = launch or _new_launch(opt, program, names, members[0].device)
         if not all(map(_is_dense, members)):

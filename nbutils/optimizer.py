@@ -235,15 +235,17 @@ class Optimizer(_Groups):
 # %% ../nbs/01-sgd.ipynb #with-gradients
 def _with_gradients(opt):
     """Pairs of each group and the list of its parameters that have a gradient."""
-    work = [(group, [p for p in group["params"] if p.grad is not None])
-            for group in opt.param_groups]
-    for i, (_, params) in enumerate(work):
-        if {p.grad.layout for p in params} - {torch.strided}:
+    work = []
+    for i, group in enumerate(opt.param_groups):
+        grads = [p.grad for p in group["params"]]
+        params = [p for p, g in zip(group["params"], grads) if g is not None]
+        if {g.layout for g in grads if g is not None} - {torch.strided}:
             raise RuntimeError(f"{type(opt).__name__}, group {i}: a sparse gradient; "
                                "use nn.Embedding(..., sparse=False)")
         if any(dtype.is_complex for dtype in {p.dtype for p in params}):
             raise RuntimeError(f"{type(opt).__name__}, group {i}: a complex parameter; "
                                "store torch.view_as_real of it as the parameter")
+        work.append((group, params))
     return work
 
 

@@ -194,6 +194,33 @@ def test_a_rate_that_is_a_constant_would_be_compiled_again():
     assert graphs() - before == 2
 
 
+def test_numbers_come_from_formulas_where_they_can():
+    """Written down once, they are what the steppers calculate; a rule that needs their values is asked at each step."""
+    from nbutils import engines
+
+    for kind, hypers in ((AdamW, {"amsgrad": True}), (Adam, {"l2": 0.1}), (SGD, {"momentum": 0.9, "nesterov": True})):
+        opt = kind(params(1), lr=0.3, **hypers)
+        active, names = engines._plan(opt, opt.param_groups[0])
+        for step in (1, 2, 1000):
+            written, asked = engines._read(active, names, step), engines._probe(active, names, step)
+            assert written[0] == asked[0] and list(written[1]) == asked[1]
+        assert engines._READ[tuple((s, *(v for v in h.values() if isinstance(v, bool))) for s, h in active)]
+
+
+@stepper
+def every_third(p, g, state, *, lr):
+    return g * 2 if state["step"] % 3 == 0 else g.sign() * max(lr, 0.02)
+
+
+Third = optimizer("Third", every_third, sgd_step)
+
+
+@pytest.mark.parametrize("engine", ["lists", "compiled"])
+def test_rules_that_need_the_values_of_numbers(engine):
+    ends = [walk(Third(params(2), lr=0.1, engine=e), 7) for e in ("loop", engine)]
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-12)
+
+
 # --- layouts -----------------------------------------------------------------------------------------
 def layouts():
     contiguous = torch.contiguous_format
