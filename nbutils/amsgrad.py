@@ -147,7 +147,7 @@ def counterexample(variant="adam", steps=100_000, *, lr=0.5, falling=True,
         For a variant that does not exist, or a value out of range.
     """
     _check_run(variant, steps, at, start, lr, betas)
-    at = _log_steps(steps) if at is None else sorted(at)
+    at = _log_steps(steps) if at is None else sorted(set(at))
     found, due = {"steps": at, "x": [], "regret": []}, set(at)
     draw = None if seed is None else random.Random(seed).random
     max_of_raw, max_after = variant == "torch", variant in ("paper", "optax")
