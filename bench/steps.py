@@ -254,7 +254,9 @@ def measure(device, which, rule, chosen):
             "warmup": chosen.steps, "elements_copied": big.numel()}
     contenders, weights = [], {}
     trials = TRIALS if (which, rule) == (SETS[0], "adamw") and chosen.trials else ()
-    for name in (*chosen.contenders, *trials):
+    names = [name for name in chosen.contenders
+             if device == "cpu" or name != "nbutils compiled" or which in chosen.compile_for]
+    for name in (*names, *trials):
         weights[name] = [torch.nn.Parameter(p.clone()) for p in start]
         for p, g in zip(weights[name], grads):
             p.grad = g                                    # shared: no contender writes to it
@@ -324,6 +326,7 @@ def arguments(argv=None):
     add("--device", choices=("cpu", "cuda", "all"), default="all", help="default: all there are")
     add("--sets", default=",".join(SETS), help=f"some of {', '.join(SETS)}, with commas between")
     add("--rules", default=",".join(RULES), help=f"some of {', '.join(RULES)}")
+    add("--compile-for", default=",".join(SETS), help="sets with 'nbutils compiled' on a GPU, where many tensors take minutes")
     add("--contenders", default=",".join(CONTENDERS), help=f"some of {', '.join(CONTENDERS)}")
     add("--trials", action=argparse.BooleanOptionalAction, default=True, help=f"with {' and '.join(TRIALS)}")
     add("--steps", type=int, default=10, help="steps of a round (default: 10)")
@@ -331,12 +334,12 @@ def arguments(argv=None):
     add("--threads", type=int, default=cores(), help="default: all cores")
     add("--out", type=Path, default=RECORDS, help="folder of the records")
     chosen = parser.parse_args(argv)
-    for name, known in (("sets", SETS), ("rules", RULES), ("contenders", CONTENDERS)):
-        values = getattr(chosen, name).split(",")
+    for name, known in (("sets", SETS), ("rules", RULES), ("compile_for", SETS), ("contenders", CONTENDERS)):
+        values = [value for value in getattr(chosen, name).split(",") if value]
         setattr(chosen, name, values)
         for value in values:
             if value not in known:
-                parser.error(f"unknown {name[:-1]} {value!r}; there are: {', '.join(known)}")
+                parser.error(f"unknown {name.rstrip('s')} {value!r}; there are: {', '.join(known)}")
     for name in ("steps", "rounds", "threads"):
         if getattr(chosen, name) < 1:
             parser.error(f"--{name} must be 1 or more")

@@ -247,7 +247,7 @@ class _Evaluation:
     def predict(self, batches):
         """Return outputs [n, ...] and targets [n] over batches, in order."""
         with self._eval_mode():
-            pairs = [(self.predict_batch(x), y.to(self.device)) for x, y in batches]
+            pairs = [(self.predict_batch(x).clone(), y.to(self.device)) for x, y in batches]
         return tuple(torch.cat(parts) for parts in zip(*pairs))
 
     @contextlib.contextmanager

@@ -230,29 +230,27 @@ def versions():
 def code_state():
     """Return (commit, code_hash).
 
-    The checkout's commit, with a + if files changed since, and the SHA-256 of nbutils'
-    files.
+    The checkout's commit, with a + if files changed since, or what $NBUTILS_COMMIT says
+    (where a copy runs that git cannot tell of); and the SHA-256 of nbutils' files.
     """
     here = Path(nbutils.__file__).parent
-    digest = hashlib.sha256(
-        b"".join(p.read_bytes() for p in sorted(here.glob("*.py")))
-    ).hexdigest()[:16]
+    files = b"".join(p.read_bytes() for p in sorted(here.glob("*.py")))
+    digest = hashlib.sha256(files).hexdigest()[:16]
+    if os.environ.get("NBUTILS_COMMIT"):
+        return os.environ["NBUTILS_COMMIT"], digest
 
     def git(*words):
-        done = subprocess.run(
-            ["git", "-C", str(here), *words], capture_output=True, text=True
-        )
+        command = ["git", "-C", str(here), *words]
+        done = subprocess.run(command, capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else None
 
     try:
-        tracked = git("ls-files", "--error-unmatch", str(here / "__init__.py"))
-        commit = git("rev-parse", "HEAD") if tracked else None
+        if not git("ls-files", "--error-unmatch", str(here / "__init__.py")):
+            return "unknown", digest
         changed = git("status", "--porcelain", "--", str(here))
+        return git("rev-parse", "HEAD") + ("+" if changed else ""), digest
     except FileNotFoundError:  # there is no git
-        commit = None
-    if commit is None:
-        return os.environ.get("NBUTILS_COMMIT", "unknown"), digest
-    return commit + ("+" if changed else ""), digest
+        return "unknown", digest
 
 # %% ../nbs/a3-records.ipynb #interval
 _T95 = (
