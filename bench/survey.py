@@ -424,20 +424,20 @@ def main(argv=None):
     from nbutils.records import code_state, describe_device
 
     begun, started = time.perf_counter(), datetime.now(timezone.utc).isoformat(timespec="seconds")
-    found = []
+    commit, code_hash = code_state()                   # of the code that runs, not of what it may become meanwhile
+    survey_hash, found = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16], []
     for job in jobs:
         of_job = ask(job, chosen.quick)
         found += of_job
         print("\n".join(map(line, of_job)), flush=True)
     if chosen.only or chosen.quick:
         return 0
-    commit, code_hash = code_state()
     cpu = describe_device("cpu").rsplit(", ", 1)[0]
     record = {"format": 1, "name": "", "started": started, "seconds": round(time.perf_counter() - begun, 1),
               "machine": {"cpu": cpu, "gpu": None, "cores": cores(),
                           "platform": f"{platform.system()} {platform.machine()}"},
               "versions": versions(), "commit": commit, "code_hash": code_hash,
-              "survey_hash": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16], "entries": found}
+              "survey_hash": survey_hash, "entries": found}
     print(f"record: {write_record(record, chosen.out)}")
     return 0
 
