@@ -75,17 +75,24 @@ ARRAYS = {"saved and loaded": NO_ADAPTER, "closures": NO_ADAPTER,
 
 # What a reading of the source adds: library, optimizers, an argument that must be given, the note.
 NOTES = (
-    ("torch", ("SGD", "Adam", "AdamW"), "fused",
-     "the kernel for the CPU walks through memory and does not look at strides; SGD makes its buffers at the first "
-     "step of all, and lacks one where a gradient comes later (optim/sgd.py, _fused_sgd)"),
+    ("torch", ("Adam", "AdamW"), "fused",
+     "the kernel for the CPU walks through memory and does not look at strides"),
+    ("torch", ("SGD",), "fused",
+     "the kernel for the CPU walks through memory and does not look at strides; buffers of the momentum are made "
+     "while there are none at all, so a first gradient that comes later finds none (optim/sgd.py, _fused_sgd)"),
     ("nbutils", ("AdamW",), "compiled",
      "torch's compiler for the CPU hands eps over as a C float: it is off by 6e-9 of itself"),
     ("timm", ("NAdamW",), "",
      "m is averaged with the gradient once more before its one correction; the kit has no such rule"),
     ("pytorch_optimizer", ("AdamC",), "",
-     "1e-15 is added to v in the root, besides eps outside (base/optimizer.py, apply_ams_bound)"),
-    ("keras", ("Adam", "AdamW", "Nadam"), "",
-     "beta_2 is cast to the variables' type, and 0.999 is 1 in bfloat16: the correction of v is then 0"))
+     "1e-15 is added to v in the root, besides eps (base/optimizer.py, apply_ams_bound)"),
+    ("keras", ("Adam", "AdamW"), "",
+     "in bfloat16 no weight moves: beta_2 is cast to the variables' type, where 0.999 is 1, and the rate is "
+     "multiplied by the root of 1 - 1 (optimizers/adam.py)"),
+    ("keras", ("Nadam",), "",
+     "in bfloat16 v is divided by 1 - 1 (optimizers/nadam.py); on torch a number of numpy's bfloat16 is refused "
+     "before (backend/torch/optimizers/torch_nadam.py)"),
+    ("fastai", ("SGD", "Adam"), "", "its step() says that it takes no closure"))
 
 
 # --- torch, and libraries of the same shape --------------------------------------------------------
@@ -390,6 +397,85 @@ def ask(job, quick=False):
 
 
 # --- what is shown and kept --------------------------------------------------------------------------
+COLUMNS = ("eps", "averages", "decay", "amsgrad", "without a gradient")
+_HOW = {"foreach": {False: "for-loop", True: "foreach"}, "fused": {True: "fused"}}
+
+
+def conventions(entry):
+    """What `identify` found, in the words of a table: one string for each of COLUMNS."""
+    c, missing = entry["convention"], entry["failures"].get("missing gradients", "")
+    if c["family"] == "unknown":
+        return ["not known to the kit", *["–"] * 4]
+    eps = averages = "–"
+    if "adam" in c["family"]:
+        small = ", 1e-15 in the root" * bool(c.get("floor"))
+        where = {"outside": "outside the root", "before": "before the correction", "root": "in the root"}
+        eps = f"{c['eps']:g}".replace("e-0", "e-") + f" {where.get(c['eps_at'], c['eps_at'])}{small}"
+        by = {"current": "beta1^t", "initial": "the first beta1^t", "product": "the product"}[c["power"]]
+        corrected = {"both": f"corrected, by {by}", "none": "not corrected"}
+        averages = corrected.get(c.get("correct", "both"), f"only {c.get('correct')} corrected, by {by}")
+        if c["family"] == "nadam":
+            averages += {"inf": ", no schedule"}.get(c["schedule"], f", schedule {c['schedule']}")
+    elif c["family"] != "sgd":
+        averages = {"step": "lr at the step", "memory": "lr in the memory"}[c["lr_at"]]
+    decay = {None: "none given", "unknown": "L2, or times lr"}.get(c.get("decay"), c.get("decay"))
+    amsgrad = "paper" if c.get("correct") == "none" and c["amsgrad"] else c.get("amsgrad") or "–"
+    found = "raises" if "Error at" in missing else {"zero": "as zeros"}.get(c["missing"], c["missing"])
+    return [eps, averages, decay, amsgrad, found + ", but counted" * (c["count"] == "shared")]
+
+
+def title(entry):
+    """The optimizer with its switches, and by which engine or backend it ran."""
+    given = dict(entry["arguments"])
+    how = entry["backend"] or given.pop("engine", "")
+    for name in _HOW.keys() & given.keys():
+        how = _HOW[name][given.pop(name)]
+    switches = [name if value else f"no {name}" for name, value in given.items() if isinstance(value, bool)]
+    return ", ".join([entry["name"], *switches]), how
+
+
+def outcome(entry):
+    """How many scenarios were passed of those that were checked."""
+    if entry["passed"] is None:
+        return "not checked"
+    checked = len(scenario_names()) - len(entry["left_out"])
+    return f"{checked - len(entry['failures'])} of {checked}"
+
+
+def rows(record):
+    """Lines of the record's table: library, optimizer, engines or backends, conventions, outcome."""
+    found = {}
+    for entry in record["entries"]:
+        library = f"{entry['library']} {entry['version'] or ''}".strip()
+        if entry.get("not_run"):
+            found[library, f"not run: {entry['not_run']}", *["–"] * len(COLUMNS), "–"] = []
+        else:
+            name, how = title(entry)
+            found.setdefault((library, name, *conventions(entry), outcome(entry)), []).append(how)
+    return [[library, name, ", ".join(filter(None, hows)), *others] for (library, name, *others), hows in found.items()]
+
+
+def failures(record):
+    """What failed: library, optimizer, engines or backends, scenarios, where, and what its source says of it."""
+    found = {}
+    for entry in record["entries"]:
+        for scenario, what in entry.get("failures", {}).items():
+            name, how = title(entry)
+            where = re.sub(r", element.*|: .*", "", what)
+            key = f"{entry['library']} {entry['version']}", entry["note"] or "", where
+            optimizers, hows, scenarios = found.setdefault(key, ([], [], []))
+            for names, new in ((optimizers, name), (hows, how), (scenarios, scenario)):
+                names += [new] * (new not in names)
+    return [[library, "; ".join(optimizers), ", ".join(filter(None, hows)), ", ".join(scenarios), where, note]
+            for (library, note, where), (optimizers, hows, scenarios) in found.items()]
+
+
+def newest(folder=RECORDS):
+    """The record that was begun last."""
+    records = [json.loads(path.read_text()) for path in Path(folder).glob("*.json")]
+    return max(records, key=lambda record: record["started"])
+
+
 def line(entry):
     if entry.get("not_run"):
         return f"{entry['library']} {entry['version'] or ''}: not run: {entry['not_run']}"

@@ -35,7 +35,7 @@ _OWN = {"sgd": (), "momentum": ("momentum", "lr_at"), "nesterov": ("momentum", "
 _BEGIN = {"sgd": {"momentum": 0.0}, "adamw": {"weight_decay": 0.01},
           "nadam": {"power": "product"}}
 
-# %% ../nbs/a5-conformance.ipynb #rule-class
+
 @dataclass(frozen=True)
 class Rule:
     """An optimizer's rule: its family and the conventions it follows.
@@ -123,7 +123,7 @@ def _sgd(r, s, g, lr, momentum):
     s.m = momentum * s.m + inner * g
     return outer * (momentum * s.m + inner * g if r.family == "nesterov" else s.m)
 
-# %% ../nbs/a5-conformance.ipynb #adam
+
 def _adam(r, s, g, lr, beta1, beta2):
     """The step of Adam and NAdam."""
     s.m = beta1 * s.m + (1 - beta1) * g
@@ -210,7 +210,7 @@ SCENARIOS = {"constant": {}, "moving lr and betas": {"moving": True},
 _USUAL = dict.fromkeys(("moving", "decays", "silent", "restart", "closure"), False) | {
     "layouts": ("plain", "plain"), "dtype": torch.float64, "steps": 24, "atol": 1e-12}
 
-# %% ../nbs/a5-conformance.ipynb #tape
+
 def _tape(name):
     s = SimpleNamespace(**_USUAL | SCENARIOS[name], hypers=[])
     random = torch.Generator().manual_seed(0)
@@ -234,11 +234,11 @@ def _make(factory, params=None):
     found, wanted = ([[*map(id, g["params"])] for g in groups]
                      for groups in (getattr(opt, "param_groups", ()), given))
     if found != wanted:
-        raise ValueError(f"the factory returned a {type(opt).__name__} with {len(found)} "
-                         "groups, or other params; it must pass on the 3 it is given")
+        raise ValueError(f"a {type(opt).__name__} with {len(found)} groups, or other "
+                         "params, came back: the factory must pass on the 3 given")
     return opt
 
-# %% ../nbs/a5-conformance.ipynb #set-hypers
+
 def _set_hypers(r, opt, tape, t):
     """Move what the scenario moves; yield each group's values for this step."""
     for i, group in enumerate(opt.param_groups):
@@ -280,7 +280,7 @@ def _lay_out(t, layout):
         return t.movedim(1, to).contiguous().movedim(to, 1)
     return torch.stack([t, t], -1)[..., 0] if layout == "gaps" else t.clone()
 
-# %% ../nbs/a5-conformance.ipynb #closure
+
 def _call(opt, params, curves, row):
     parts = []
 
@@ -320,7 +320,7 @@ FAULTS = {"eps added to the parameter": {"eps_at": "parameter"},
 FAULTS |= {f"decay skipped for group{'s' * (n > 1)} {' and '.join(map(str, g))}":
            {"undecayed": g} for n in (1, 2, 3) for g in combinations(range(3), n)}
 
-# %% ../nbs/a5-conformance.ipynb #explain
+
 def _explain(r, drives):
     """Say which faults or conventions, two at most, explain all drives."""
     drives = sorted(drives, key=lambda drive: _departure(r, *drive) is None)
@@ -405,18 +405,18 @@ def check_optimizer(factory, rule, scenarios=tuple(SCENARIOS), raises=True):
     if type(rule) is not Rule:  # a Convention may hold something unknown
         raise TypeError(f"{rule} is no rule to hold an optimizer against: take "
                         "rule('adamw'), or one of identify(factory).rules")
-    kind, failures, drives = type(_make(factory)), {}, []
+    kind, failed, drives = type(_make(factory)), {}, []
     for name in scenarios:
         if name not in SCENARIOS:
             raise ValueError(unknown("scenario", name, SCENARIOS))
         tape, seen, error = _drive(name, rule, factory)
         drives += [(tape, seen)] if tape.dtype is torch.float64 else []
         if trouble := _departure(rule, tape, seen, tape.atol) or error:
-            failures[name] = trouble
-    title = (f"{kind.__module__}.{kind.__name__} against {rule}: passes "
-             f"{len(scenarios) - len(failures)} of {len(scenarios)} scenarios")
-    report = Report(title, not failures, failures, _explain(rule, drives))
-    if failures and raises:
+            failed[name] = trouble
+    head = (f"{kind.__module__}.{kind.__name__} against {rule}: passes "
+            f"{len(scenarios) - len(failed)} of {len(scenarios)} scenarios")
+    report = Report(head, not failed, failed, _explain(rule, drives * bool(failed)))
+    if failed and raises:
         raise ConformanceError(report)
     print(report)
     return report

@@ -430,11 +430,11 @@ def test_nadam_keeps_a_product_in_single_precision():
 
 
 @pytest.mark.parametrize("factory, message", [
-    (lambda groups: None, "the factory returned a NoneType with 0 groups"),
-    (lambda groups: torch.nn.Linear(1, 1), "returned a Linear with 0 groups"),
-    (lambda groups: O.SGD([p for g in groups for p in g["params"]], lr=0.1), "returned a SGD with 1 groups"),
+    (lambda groups: None, "a NoneType with 0 groups, or other params, came back"),
+    (lambda groups: torch.nn.Linear(1, 1), "a Linear with 0 groups"),
+    (lambda groups: O.SGD([p for g in groups for p in g["params"]], lr=0.1), "a SGD with 1 groups"),
     (lambda groups: O.SGD([g | {"params": [p.clone().detach().requires_grad_() for p in g["params"]]}
-                           for g in groups]), "or other params; it must pass on the 3 it is given"),
+                           for g in groups]), "params, came back: the factory must pass on the 3 given"),
 ])
 def test_bad_factories_are_refused(factory, message):
     for use in (lambda: check_optimizer(factory, rule("sgd")), lambda: identify(factory)):
