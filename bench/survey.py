@@ -87,7 +87,7 @@ NOTES = (
     ("pytorch_optimizer", ("AdamC",), "",
      "1e-15 is added to v in the root, besides eps (base/optimizer.py, apply_ams_bound)"),
     ("keras", ("Adam", "AdamW"), "",
-     "in bfloat16 no weight moves: beta_2 is cast to the variables' type, where 0.999 is 1, and the rate is "
+     "in bfloat16 the step is 0: beta_2 is cast to the variables' type, where 0.999 is 1, and the rate is "
      "multiplied by the root of 1 - 1 (optimizers/adam.py)"),
     ("keras", ("Nadam",), "",
      "in bfloat16 v is divided by 1 - 1 (optimizers/nadam.py); on torch a number of numpy's bfloat16 is refused "
