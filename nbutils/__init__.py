@@ -27,8 +27,12 @@ _NAMES = {
     ),
     "momentum": "SGD",
     "adam": "adam_step decay_weights_ moments",
-    "amsgrad": "Adam AdamW",
+    "amsgrad": "Adam AdamW counterexample",
     "engines": "TensorList",
+    "conformance": (
+        "check_optimizer ConformanceError Convention FAULTS golden_path identify "
+        "Report Rule rule SCENARIOS"
+    ),
     "data": (
         "Batches CIFAR10_MEAN CIFAR10_STD CIFAR10_URLS Images load_cifar10 "
         "load_digits mean_std normalize pad_crop_flip"

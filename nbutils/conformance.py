@@ -15,23 +15,27 @@ from types import SimpleNamespace
 import torch
 
 from .core import unknown
-from .optimizer import _restart, _three_groups
+from .optimizer import _check_value, _restart, _three_groups
 
 # %% ../nbs/a5-conformance.ipynb #choices
-_CHOICES = {  # the first of each is torch's
-    "eps_at": ("outside", "before", "root", "parameter"), "lr_at": ("step", "memory"),
-    "correct": ("both", "m", "v", "none"), "power": ("current", "initial", "product"),
-    "amsgrad": (None, "torch", "optax"), "schedule": (0.004, 1.0, math.inf),
-    "decay": ("times lr", "not times lr", "L2"), "count": ("own", "shared"),
-    "decay_at": ("before", "after", "late"), "missing": ("skipped", "zero")}
+# Conventions; the first of each is torch's, but for NAdam's power.
+_CHOICES = {"eps_at": ("outside", "before", "root", "parameter"), "floor": (0.0, 1e-15),
+            "correct": ("both", "m", "v", "none"), "amsgrad": (None, "torch", "optax"),
+            "power": ("current", "initial", "product"), "missing": ("skipped", "zero"),
+            "decay": ("times lr", "not times lr", "L2"), "count": ("own", "shared"),
+            "decay_at": ("before", "after", "late"), "lr_at": ("step", "memory"),
+            "schedule": (0.004, 1.0, math.inf)}
 _DEFAULTS = {name: values[0] for name, values in _CHOICES.items()} | {
     "momentum": 0.9, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0,
     "undecayed": (), "ignores": (), "forgets": False}
-_VARIED = {"sgd": (), "momentum": ("lr_at",), "nesterov": ("lr_at",),
-           "adam": ("eps_at", "correct", "power", "amsgrad"),
-           "nadam": ("eps_at", "schedule")}
+# What not all families have, and where some begin.
+_OWN = {"sgd": (), "momentum": ("momentum", "lr_at"), "nesterov": ("momentum", "lr_at"),
+        "adam": ("betas", "eps", "eps_at", "floor", "correct", "power", "amsgrad"),
+        "nadam": ("betas", "eps", "eps_at", "power", "schedule")}
+_BEGIN = {"sgd": {"momentum": 0.0}, "adamw": {"weight_decay": 0.01},
+          "nadam": {"power": "product"}}
 
-# %% ../nbs/a5-conformance.ipynb #rule-class
+
 @dataclass(frozen=True)
 class Rule:
     """An optimizer's rule: its family and the conventions it follows.
@@ -43,7 +47,7 @@ class Rule:
     family : str
         "sgd", "momentum", "nesterov", "adam" or "nadam".
     settings : dict
-        The settings that differ from torch's.
+        The settings that differ from the defaults of :func:`rule`.
     """
 
     family: str
@@ -51,7 +55,7 @@ class Rule:
 
     def __getattr__(self, name):
         if name not in _DEFAULTS:
-            raise AttributeError(name)
+            raise AttributeError(unknown("setting", name, _DEFAULTS))
         return self.settings.get(name, _DEFAULTS[name])
 
     def __str__(self):
@@ -77,8 +81,9 @@ def rule(name, **settings):
         - `amsgrad`: None, "torch" (maximum of v, then corrected), "optax" (corrected,
           then the maximum) or "paper" (the maximum, and no correction at all);
         - `eps_at`: "outside" corrected roots, "before" the correction, in the "root";
+        - `floor`: 0 or 1e-15, which some add to v as well, before it is corrected;
         - `correct`: "both" averages, "m", "v" or "none"; `power`: with the "current"
-          beta1, the "initial" one, or the "product" of all;
+          beta1, the "initial" one, or the "product" of all (as torch's NAdam does);
         - `schedule`: NAdam's momentum is `beta1 (1 - 0.96**(t schedule) / 2)`;
         - `lr_at`: multiplied in at the "step", or kept in the "memory" of momentum;
         - `decay`: "times lr", "not times lr" or "L2"; `decay_at`: "before" the step,
@@ -86,25 +91,30 @@ def rule(name, **settings):
         - `missing`: a parameter without a gradient is "skipped", or the gradient is
           "zero"; `count`: of steps, each parameter's "own", or "shared".
 
+        The first of each is the default. `FAULTS` says what else there is.
+
     Raises
     ------
     ValueError
-        For a rule or a convention that does not exist.
+        For a rule or a convention that does not exist, or a number out of range.
     TypeError
-        For a setting that does not exist.
+        For a setting that does not exist, or not for this rule.
     """
-    family, own = {"adamw": ("adam", {"weight_decay": 0.01}),
-                   "sgd": ("sgd", {"momentum": 0.0})}.get(name, (name, {}))
-    if family not in _VARIED:
-        raise ValueError(unknown("rule", name, [*_VARIED, "adamw"]))
+    family = "adam" if name == "adamw" else name
+    if family not in _OWN:
+        raise ValueError(unknown("rule", name, [*_OWN, "adamw"]))
     if settings.get("amsgrad") == "paper":
         settings |= {"amsgrad": "torch", "correct": "none"}
+    foreign = {n for names in _OWN.values() for n in names} - {*_OWN[family]}
+    known = [n for n in _DEFAULTS if n not in foreign]
     for key, value in settings.items():
-        if key not in _DEFAULTS:
-            raise TypeError(f"{name}: " + unknown("setting", key, _DEFAULTS))
-        if value not in _CHOICES.get(key, [value]):
+        if key not in known:
+            raise TypeError(f"{name}: " + unknown("setting", key, known))
+        if key in ("momentum", "betas", "eps", "weight_decay"):
+            _check_value(name, key, value)
+        elif value not in _CHOICES.get(key, [value]):
             raise ValueError(f"{name}: " + unknown(key, value, _CHOICES[key]))
-    return Rule(family, {}).but(**own | settings)
+    return Rule(family, _BEGIN.get(name, {})).but(**settings)
 
 # %% ../nbs/a5-conformance.ipynb #sgd
 def _sgd(r, s, g, lr, momentum):
@@ -113,39 +123,41 @@ def _sgd(r, s, g, lr, momentum):
     s.m = momentum * s.m + inner * g
     return outer * (momentum * s.m + inner * g if r.family == "nesterov" else s.m)
 
-# %% ../nbs/a5-conformance.ipynb #adam
+
 def _adam(r, s, g, lr, beta1, beta2):
     """The step of Adam and NAdam."""
     s.m = beta1 * s.m + (1 - beta1) * g
     s.v = beta2 * s.v + (1 - beta2) * g * g
-    s.beta1 *= beta1
-    left = {"current": beta1**s.t, "initial": r.betas[0] ** s.t, "product": s.beta1}
-    m = s.m / (1 - left[r.power] * (r.correct in ("both", "m")))
+    left = {"current": s.mu**s.t, "initial": r.betas[0] ** s.t}.get(r.power, s.product)
+    m = s.m / (1 - left * (r.correct in ("both", "m")))
     if r.family == "nadam":
-        mu, after = (beta1 * (1 - 0.96 ** (t * r.schedule) / 2) for t in (s.t, s.t + 1))
-        s.mu *= mu
-        m = (1 - mu) * g / (1 - s.mu) + after * s.m / (1 - s.mu * after)
+        m = (1 - s.mu) * g / (1 - left) + s.next * s.m / (1 - left * s.next)
     c = 1 - beta2**s.t if r.correct in ("both", "v") else 1.0
     s.top = torch.maximum(s.top, s.v / c if r.amsgrad == "optax" else s.v)
-    v = {None: s.v / c, "optax": s.top}.get(r.amsgrad, s.top / c)
+    v = {None: s.v / c, "optax": s.top}.get(r.amsgrad, s.top / c) + r.floor / c
     eps = {"outside": r.eps, "before": r.eps / c**0.5}.get(r.eps_at, 0)
     step = lr * m / ((v + r.eps * (r.eps_at == "root")).sqrt() + eps)
     return step - r.eps * (r.eps_at == "parameter")
 
 # %% ../nbs/a5-conformance.ipynb #advance
 def _start(p):
-    return SimpleNamespace(p=p, m=0 * p, v=0 * p, top=0 * p, t=0, beta1=1.0, mu=1.0)
+    return SimpleNamespace(p=p, m=0 * p, v=0 * p, top=0 * p, t=0, product=1.0)
 
 
 def _advance(r, s, g, h, group):
-    """Move the parameter s.p by one step; h holds the hyper-parameters of this step."""
-    s.t = h["step"] if r.count == "shared" else s.t + 1
+    """Move s.p by a step with the hyper-parameters h; g is None where it is missing."""
+    if g is not None or r.count == "shared":
+        s.t, sink = s.t + 1, r.family == "nadam"
+        s.mu, s.next = (h["betas"][0] * (1 - sink * 0.96 ** (t * r.schedule) / 2)
+                        for t in (s.t, s.t + 1))
+        s.product *= s.mu
+    if g is None:
+        return
     size = 0 if group in r.undecayed else h["decay"] * r.weight_decay
-    if r.decay == "L2":
-        g, size = g + size * s.p, 0
-    shrink = 1 - size * (h["lr"] if r.decay == "times lr" else 1)
+    g = g + size * s.p * (r.decay == "L2")
+    shrink = {"times lr": 1 - size * h["lr"], "not times lr": 1 - size}.get(r.decay, 1)
     first = {"before": shrink, "late": shrink if s.t > 1 else 1}.get(r.decay_at, 1)
-    step = (_adam(r, s, g, h["lr"], *h["betas"]) if "adam" in r.family
+    step = (_adam(r, s, g, h["lr"], *h["betas"][:2]) if "adam" in r.family
             else _sgd(r, s, g, h["lr"], h["momentum"]))
     s.p = (s.p * first - step) * (shrink if r.decay_at == "after" else 1)
 
@@ -157,11 +169,10 @@ def _golden(r, tape):
         for k, (s, jump) in enumerate(zip(paths, row)):
             if r.forgets and t == tape.restart:
                 vars(s).update(vars(_start(s.p)))
-            if jump is None and r.missing == "skipped":
-                continue
-            g = 0 * s.p if jump is None else tape.curves[k] * s.p + jump
+            nothing = 0 * s.p if r.missing == "zero" else None
+            g = nothing if jump is None else tape.curves[k] * s.p + jump
             known = {n: x for n, x in hypers[k // 2].items() if n not in r.ignores}
-            h = {"betas": r.betas, "momentum": r.momentum, "step": t} | known
+            h = {"betas": r.betas, "momentum": r.momentum} | known
             _advance(r, s, g, h, k // 2)
         yield [s.p for s in paths]
 
@@ -188,19 +199,18 @@ def golden_path(rule, start, gradients, lr):
 
 # %% ../nbs/a5-conformance.ipynb #scenarios
 _SHAPES = [(4, 3), (3,), (4, 5, 2, 2), (), (5,), (70,)]  # two parameters in each group
-SCENARIOS = {
-    "constant": {}, "moving lr and betas": {"moving": True},
-    "groups' own decay": {"decays": True}, "missing gradients": {"silent": True},
-    "saved and loaded": {"restart": 13}, "closures": {"closure": True},
-    "channels_last": {"layouts": ("permuted", "permuted")},
-    "gaps in memory": {"layouts": ("gaps", "gaps")},
-    "gradients laid out otherwise": {"layouts": ("permuted", "plain")},
-    "float32": {"dtype": torch.float32, "atol": 5e-6},
-    "bfloat16": {"dtype": torch.bfloat16, "atol": 0.05, "steps": 10}}
+SCENARIOS = {"constant": {}, "moving lr and betas": {"moving": True},
+             "missing gradients": {"silent": True}, "closures": {"closure": True},
+             "groups' own decay": {"decays": True}, "saved and loaded": {"restart": 13},
+             "channels_last": {"layouts": ("permuted", "permuted")},
+             "gaps in memory": {"layouts": ("gaps", "gaps")},
+             "gradients laid out otherwise": {"layouts": ("permuted", "plain")},
+             "float32": {"dtype": torch.float32, "atol": 5e-6},
+             "bfloat16": {"dtype": torch.bfloat16, "atol": 0.05, "steps": 10}}
 _USUAL = dict.fromkeys(("moving", "decays", "silent", "restart", "closure"), False) | {
     "layouts": ("plain", "plain"), "dtype": torch.float64, "steps": 24, "atol": 1e-12}
 
-# %% ../nbs/a5-conformance.ipynb #tape
+
 def _tape(name):
     s = SimpleNamespace(**_USUAL | SCENARIOS[name], hypers=[])
     random = torch.Generator().manual_seed(0)
@@ -221,26 +231,22 @@ def _make(factory, params=None):
     """Call the factory with three groups; refuse what is not an optimizer of them."""
     params = params or [torch.nn.Parameter(torch.zeros(shape)) for shape in _SHAPES]
     given, opt = _three_groups(params), factory(_three_groups(params))
-    if not hasattr(opt, "param_groups") or not hasattr(opt, "step"):
-        raise TypeError("the factory must return an optimizer, with param_groups and "
-                        f"step(), and it returned a {type(opt).__name__}")
-    found, wanted = ([(g.get("lr"), *map(id, g["params"])) for g in groups]
-                     for groups in (opt.param_groups, given))
+    found, wanted = ([[*map(id, g["params"])] for g in groups]
+                     for groups in (getattr(opt, "param_groups", ()), given))
     if found != wanted:
-        raise ValueError("the factory must pass on 3 groups, with their params and lr; "
-                         f"the optimizer has {len(found)}, or other params or lr")
+        raise ValueError(f"a {type(opt).__name__} with {len(found)} groups, or other "
+                         "params, came back: the factory must pass on the 3 given")
     return opt
 
-# %% ../nbs/a5-conformance.ipynb #set-hypers
+
 def _set_hypers(r, opt, tape, t):
     """Move what the scenario moves; yield each group's values for this step."""
     for i, group in enumerate(opt.param_groups):
         h = {"lr": 0.1 / 3**i, "decay": 1.0}
-        if tape.moving:
-            wave = 0.9 + 0.1 * math.cos((0.7 + 0.1 * i) * (t - 1))  # 1 at first
-            moved = {"lr": h["lr"] * wave, "momentum": r.momentum * wave,
-                     "betas": (r.betas[0] * wave, 1 - (1 - r.betas[1]) * (2 - wave))}
-            h |= {n: x for n, x in moved.items() if n in group}
+        wave = 0.9 + 0.1 * math.cos((0.7 + 0.1 * i) * (t - 1))  # 1 at first
+        moved = {"lr": h["lr"] * wave, "momentum": r.momentum * wave,
+                 "betas": (r.betas[0] * wave, 1 - (1 - r.betas[1]) * (2 - wave))}
+        h |= {n: x for n, x in moved.items() if tape.moving and n in group}
         key = "l2" if r.decay == "L2" and "l2" in group else "weight_decay"
         if tape.decays and key in group:
             h["decay"] = (1.0, 2.0, 0.5)[i]
@@ -251,7 +257,7 @@ def _set_hypers(r, opt, tape, t):
 # %% ../nbs/a5-conformance.ipynb #drive
 def _drive(name, r, factory):
     """Take the optimizer through a scenario; return what happened."""
-    tape, seen = _tape(name), []
+    tape, seen, trouble = _tape(name), [], None
     params = [torch.nn.Parameter(_lay_out(p.to(tape.dtype), tape.layouts[0]))
               for p in tape.starts]
     opt = _make(factory, params)
@@ -264,9 +270,8 @@ def _drive(name, r, factory):
             _call(opt, params, tape.curves, row) if tape.closure else opt.step()
             seen.append([p.detach().double().clone() for p in params])
     except Exception as error:
-        why = str(error).split("\n")[0]
-        return tape, seen, f"{type(error).__name__} at step {t}: {why}"
-    return tape, seen, None
+        trouble = f"{type(error).__name__} at step {t}: {error}".split("\n")[0]
+    return tape, seen, trouble
 
 
 def _lay_out(t, layout):
@@ -275,7 +280,7 @@ def _lay_out(t, layout):
         return t.movedim(1, to).contiguous().movedim(to, 1)
     return torch.stack([t, t], -1)[..., 0] if layout == "gaps" else t.clone()
 
-# %% ../nbs/a5-conformance.ipynb #closure
+
 def _call(opt, params, curves, row):
     parts = []
 
@@ -295,39 +300,37 @@ def _departure(r, tape, seen, atol=1e-9):
     """Say where what was seen leaves the golden path, or return None."""
     for t, (golden, found) in enumerate(zip(_golden(r, tape), seen), 1):
         for k, (a, b) in enumerate(zip(found, golden)):
-            far = (a - b).abs()
-            bad = ~(far <= atol * (1 + b.abs())) & ~(a.isnan() & b.isnan())
+            bad = ~((a - b).abs() <= atol * (1 + b.abs())) & ~(a.isnan() & b.isnan())
             if bad.any():
                 at = tuple(bad.nonzero()[0].tolist())
                 return (f"parts at step {t}, group {k // 2}, parameter {k % 2}, "
-                        f"element {at}: {a[at]:.6g} against {b[at]:.6g}, "
-                        f"{far[at]:.2g} apart (tolerance {atol:g})")
+                        f"element {at}: is {a[at]:.6g}, should be {b[at]:.6g}, "
+                        f"{abs(a[at] - b[at]):.2g} apart (tolerance {atol:g})")
 
 # %% ../nbs/a5-conformance.ipynb #faults
-FAULTS = {
-    "eps added to the parameter": {"eps_at": "parameter"},
-    "decay after the step": {"decay_at": "after"},
-    "decay after the step with the new lr": {"decay_at": "late"},
-    "correction by the initial beta1": {"power": "initial"},
-    "moves of betas and momentum ignored": {"ignores": ("betas", "momentum")},
-    "missing gradients taken as zero": {"missing": "zero"},
-    "one count of steps for all parameters": {"count": "shared"},
-    "max never stored": {"amsgrad": None}, "state lost on loading": {"forgets": True}}
-FAULTS |= {f"decay skipped for group {' and '.join(map(str, g))}": {"undecayed": g}
-           for n in (1, 2, 3) for g in combinations(range(3), n)}
+FAULTS = {"eps added to the parameter": {"eps_at": "parameter"},
+          "decay after the step": {"decay_at": "after"},
+          "decay after the step with the new lr": {"decay_at": "late"},
+          "max never stored": {"amsgrad": None},
+          "correction by the initial beta1": {"power": "initial"},
+          "moves of betas and momentum ignored": {"ignores": ("betas", "momentum")},
+          "missing gradients taken as zero": {"missing": "zero"},
+          "one count of steps for all parameters": {"count": "shared"},
+          "state lost on loading": {"forgets": True}}
+FAULTS |= {f"decay skipped for group{'s' * (n > 1)} {' and '.join(map(str, g))}":
+           {"undecayed": g} for n in (1, 2, 3) for g in combinations(range(3), n)}
 
-# %% ../nbs/a5-conformance.ipynb #explain
-def _explain(r, drives, depth=2):
-    """Names of up to `depth` changes of the rule that explain all drives, or None."""
-    broken = [d for d in drives if _departure(r, *d)]
+
+def _explain(r, drives):
+    """Say which faults or conventions, two at most, explain all drives."""
+    drives = sorted(drives, key=lambda drive: _departure(r, *drive) is None)
     changes = FAULTS | {f"{n}={x!r}": {n: x} for n in _CHOICES for x in _CHOICES[n]}
-    for name, change in changes.items() if broken and depth else ():
-        variant = r.but(**change)
-        if variant != r and _departure(variant, *broken[0]) is None:
-            rest = _explain(variant, drives, depth - 1)
-            if rest is not None:
-                return [name, *rest]
-    return None if broken else []
+    for number in range(3):
+        for names in combinations(changes, number):
+            variant = r.but(**{n: x for c in names for n, x in changes[c].items()})
+            if not any(_departure(variant, *drive) for drive in drives):
+                return " with ".join(names)
+    return "no known fault"
 
 # %% ../nbs/a5-conformance.ipynb #report
 @dataclass(frozen=True)
@@ -343,7 +346,8 @@ class Report:
         Scenario to where the path was left, or to what was raised.
     explanation : str
         The faults of `FAULTS`, or the other conventions, that the optimizer follows in
-        all scenarios; "no known fault"; or empty, if there is nothing to explain.
+        all scenarios in float64; "no known fault"; or empty, if nothing is left to
+        explain.
     """
 
     title: str
@@ -352,9 +356,10 @@ class Report:
     explanation: str
 
     def __str__(self):
-        lines = [self.title, *(f"{name}: {why}" for name, why in self.failures.items())]
-        lines += [f"this is the path of: {self.explanation}"] * bool(self.explanation)
-        return "\n  ".join(lines)
+        told = [f"{', '.join(n for n, x in self.failures.items() if x == w)}:\n    {w}"
+                for w in dict.fromkeys(self.failures.values())]
+        told += [f"explained by: {self.explanation}"] * bool(self.explanation)
+        return "\n  ".join([self.title, *told])
 
 
 class ConformanceError(AssertionError):
@@ -368,8 +373,9 @@ def check_optimizer(factory, rule, scenarios=tuple(SCENARIOS), raises=True):
     ----------
     factory : callable
         From a list of three parameter groups, each with params and lr, to an optimizer
-        like torch's. It is called anew for each scenario. lr, betas or momentum are
-        moved, and the decay is set, where its groups have them.
+        like torch's. It is called anew for each scenario. lr is set in its groups at
+        each step; betas, momentum and the decay where a scenario moves them, and the
+        groups have them.
     rule : Rule
         What it should do, with the hyper-parameters that the factory gives.
     scenarios : sequence of str
@@ -385,28 +391,32 @@ def check_optimizer(factory, rule, scenarios=tuple(SCENARIOS), raises=True):
     ------
     ConformanceError
         With the report, if a scenario fails.
-    TypeError, ValueError
-        If the factory returns no optimizer, or one without the groups it was given.
+    ValueError
+        If the factory returns no optimizer, or one without the groups that it was
+        given; for an unknown scenario.
+    TypeError
+        If `rule` is no rule, or holds something unknown.
 
     Notes
     -----
     Set torch's default dtype to float64 for optimizers that keep numbers of their own
     in it, as torch's NAdam does; else these are rounded, and the rounding is found.
     """
-    kind, failures, drives = type(_make(factory)), {}, []
+    if type(rule) is not Rule:  # a Convention may hold something unknown
+        raise TypeError(f"{rule} is no rule to hold an optimizer against: take "
+                        "rule('adamw'), or one of identify(factory).rules")
+    kind, failed, drives = type(_make(factory)), {}, []
     for name in scenarios:
         if name not in SCENARIOS:
             raise ValueError(unknown("scenario", name, SCENARIOS))
         tape, seen, error = _drive(name, rule, factory)
         drives += [(tape, seen)] if tape.dtype is torch.float64 else []
         if trouble := _departure(rule, tape, seen, tape.atol) or error:
-            failures[name] = trouble
-    known, good = _explain(rule, drives), len(scenarios) - len(failures)
-    title = (f"{kind.__module__}.{kind.__name__} against {rule}: passes {good} of "
-             f"{len(scenarios)} scenarios")
-    report = Report(title, not failures, failures,
-                    "no known fault" if known is None else " with ".join(known))
-    if failures and raises:
+            failed[name] = trouble
+    head = (f"{kind.__module__}.{kind.__name__} against {rule}: passes "
+            f"{len(scenarios) - len(failed)} of {len(scenarios)} scenarios")
+    report = Report(head, not failed, failed, _explain(rule, drives * bool(failed)))
+    if failed and raises:
         raise ConformanceError(report)
     print(report)
     return report
@@ -415,14 +425,14 @@ def check_optimizer(factory, rule, scenarios=tuple(SCENARIOS), raises=True):
 def _candidates(group):
     """Yield one rule for each set of conventions that makes a path of its own."""
     size = group.get("l2") or group.get("weight_decay") or 0.0
-    numbers = {n: group[n] for n in ("betas", "momentum", "eps") if n in group}
-    for family, names in _VARIED.items():
-        names += ("decay", "decay_at") if size else ()
+    numbers = {n: group[n] for n in ("momentum", "betas", "eps") if n in group}
+    for family, own in _OWN.items():
+        names = [n for n in own if n in _CHOICES] + ["decay", "decay_at"] * bool(size)
         for values in product(*(_CHOICES[n] for n in names)):
-            given = dict(zip(names, values), weight_decay=size, **numbers)
-            r = Rule(family, {}).but(**given)
+            given = numbers | dict(zip(names, values), weight_decay=size)
+            r = Rule(family, _BEGIN.get(family, {})).but(**given)
             of_m, of_v = r.correct in ("both", "m"), r.correct in ("both", "v")
-            if ((r.momentum > 0) == (family != "sgd")
+            if (("adam" in family or (r.momentum > 0) == (family != "sgd"))
                     and (of_v or r.eps_at != "before" and r.amsgrad != "optax")
                     and (of_m or r.power == "current")
                     and (r.decay != "L2" or r.decay_at == "before")):
@@ -442,16 +452,13 @@ class Convention(Rule):
     rules: list
 
 
-def _matches(candidates, scenario, base, factory):
-    tape, seen, _ = _drive(scenario, base, factory)
-    return [r for r in candidates if _departure(r, tape, seen) is None]
-
-
 def identify(factory):
     """Find by experiment which conventions an optimizer follows.
 
-    It follows every combination of the conventions in :func:`rule`, with the numbers
-    that the optimizer's groups hold (betas, eps, momentum, weight_decay or l2).
+    It is held against every combination of the conventions in :func:`rule`, with the
+    numbers that its groups hold (betas, eps, momentum, weight_decay or l2), or the
+    usual ones. Give it a weight decay: a decay of 0 tells nothing. "unknown" is said of
+    a convention if none fits, or if several do.
 
     Parameters
     ----------
@@ -461,19 +468,31 @@ def identify(factory):
     Returns
     -------
     Convention
+
+    Raises
+    ------
+    ValueError
+        As for :func:`check_optimizer`.
+    RuntimeError
+        If the optimizer raises something while its hyper-parameters are constant.
     """
-    group = _make(factory).param_groups[0]
-    task = next(_candidates(group)), factory
-    rules = (_matches(_candidates(group), "moving lr and betas", *task)
-             or _matches(_candidates(group), "constant", *task))
+    every = [*_candidates(_make(factory).param_groups[0])]
+
+    def fitting(rules, scenario):
+        tape, seen, trouble = _drive(scenario, every[0], factory)
+        if trouble and scenario == "constant":
+            raise RuntimeError(f"the optimizer cannot be identified: {trouble}")
+        return [r for r in rules if not trouble and _departure(r, tape, seen) is None]
+
+    rules = fitting(every, "moving lr and betas") or fitting(every, "constant")
     finer = [r.but(missing=x, count=n) for r in rules
              for x, n in product(_CHOICES["missing"], _CHOICES["count"])]
-    rules = _matches(finer, "missing gradients", *task) or finer
+    rules = fitting(finer, "missing gradients") or finer
 
     def sure(name):
         values = {getattr(r, name) for r in rules}
         return values.pop() if len(values) == 1 else "unknown"
 
-    names = _VARIED.get(sure("family"), ()) + ("weight_decay", "missing", "count")
-    names += ("decay", "decay_at") if sure("weight_decay") else ()
+    names = [*_OWN.get(sure("family"), ()), "missing", "count", "weight_decay"]
+    names += ["decay", "decay_at"] * bool(sure("weight_decay"))
     return Convention(sure("family"), {n: sure(n) for n in names}, rules)
