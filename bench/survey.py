@@ -80,8 +80,6 @@ NOTES = (
     ("torch", ("SGD",), "fused",
      "the kernel for the CPU walks through memory and does not look at strides; buffers of the momentum are made "
      "while there are none at all, so a first gradient that comes later finds none (optim/sgd.py, _fused_sgd)"),
-    ("nbutils", ("AdamW",), "compiled",
-     "torch's compiler for the CPU hands eps over as a C float: it is off by 6e-9 of itself"),
     ("timm", ("NAdamW",), "",
      "m is averaged with the gradient once more before its one correction; the kit has no such rule"),
     ("pytorch_optimizer", ("AdamC",), "",

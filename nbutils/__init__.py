@@ -28,6 +28,7 @@ _NAMES = {
     "momentum": "SGD",
     "adam": "adam_step decay_weights_ moments",
     "amsgrad": "Adam AdamW counterexample",
+    "kernel": "Formula kernel_source Launch no_kernel write_formulas",
     "engines": "TensorList",
     "conformance": (
         "check_optimizer ConformanceError Convention FAULTS golden_path identify "

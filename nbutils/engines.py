@@ -210,7 +210,8 @@ class _Traced(_Operand):
 
 def _apply(name, tensors, given):
     numbers = [a for a in given if isinstance(a, torch.Tensor)]
-    if not numbers or name in ("add", "mul", "div"):  # foreach takes a tensor for these
+    of_lists = ("mul", "div") if tensors[0].dtype is torch.float64 else ("add", "mul", "div")
+    if not numbers or name in of_lists:     # NB: compiled for a CPU, add rounds its number
         return _foreach(name)(tensors, *given)
     columns = [itertools.repeat(a) if isinstance(a, torch.Tensor) else a for a in given]
     return [getattr(torch, name)(*row) for row in zip(tensors, *columns)]
@@ -355,7 +356,7 @@ class _Last:
 
 # %% ../nbs/05-step-speed.ipynb #kernel-engine
 class _NoKernel(ValueError):
-    pass
+    """Our kernel cannot run here, or not this rule."""
 
 
 def _new_launch(opt, program, names, device):

@@ -351,6 +351,18 @@ def test_checkpoint_of_other_code(other, place, undisturbed, monkeypatch):
     assert numbers(place.run()) == numbers(undisturbed("toy", "steady")[0])
 
 
+def test_checkpoints_that_would_come_too_soon_are_left_out(tmp_path):
+    learner = toy_build(TOY.config("steady", "smoke"), 0, "cpu")
+    rare, each = Checkpoint(tmp_path / "rare.pt", {}, seconds=3600), Checkpoint(tmp_path / "each.pt", {})
+    rare.after_epoch(learner), each.after_epoch(learner)
+    assert each.path.exists() and not rare.path.exists()
+    rare.last -= 3600
+    rare.after_epoch(learner)
+    first = rare.path.stat().st_mtime_ns
+    rare.after_epoch(learner)
+    assert rare.path.stat().st_mtime_ns == first and rare.load(learner)
+
+
 @pytest.mark.parametrize("other", [{"config": "0" * 16}, {"recipe": 7}, {"seed": 3}])
 def test_checkpoint_of_other_settings(other, place, undisturbed, checkpoint, capfd):
     place.file("pt").parent.mkdir(parents=True)

@@ -101,18 +101,29 @@ def test_same_weights_as_a_plain_loop(make, precision, half, clip):
 
 def test_compiled_forward_shares_the_weights(monkeypatch):
     """Only the forward pass is compiled: state, evaluation and optimizer see one and the same model."""
-    modes = []
+    asked = []
 
-    def compile_(model, mode=None):
-        modes.append(mode)
+    def compile_(model, **options):
+        asked.append(options)
         return lambda x: model(x)
 
     monkeypatch.setattr(torch, "compile", compile_)
     plain, compiled, tuned = learner(), learner(compile=True), learner(compile="max-autotune")
-    assert modes == [None, "max-autotune"]
-    for run in (plain, compiled, tuned):
+    replayed = learner(compile={"mode": "reduce-overhead", "dynamic": False})
+    assert asked == [{}, {"mode": "max-autotune"}, {"mode": "reduce-overhead", "dynamic": False}]
+    for run in (plain, compiled, tuned, replayed):
         run.fit(1)
     assert equal(plain.state_dict()["model"], compiled.state_dict()["model"])
+
+
+def test_predictions_survive_a_model_that_reuses_its_memory(monkeypatch):
+    """What a compiled model gives back may be overwritten by its next call."""
+    expected = learner().predict(pairs())[0]
+    memory = torch.empty_like(expected)
+    monkeypatch.setattr(torch, "compile", lambda model: lambda x: memory[:len(x)].copy_(model(x)))
+    found = learner(compile=True).predict(pairs())[0]
+    torch.testing.assert_close(found, expected)
+    assert len(pairs()) > 1 and len(found.unique()) > found.shape[1]
 
 
 def test_channels_last():

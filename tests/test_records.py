@@ -190,6 +190,12 @@ def test_commit_of_a_package_that_no_checkout_tracks(tmp_path, monkeypatch):
     assert code_state()[0] == "unknown"
 
 
+def test_commit_that_the_environment_names(monkeypatch):
+    """It comes before git: a copy of a checkout may have a git that tells of another state."""
+    monkeypatch.setenv("NBUTILS_COMMIT", "f00")
+    assert code_state()[0] == "f00"
+
+
 def test_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setenv("NBUTILS_COMMIT", "f00")
