@@ -337,9 +337,9 @@ class _Last:
 
     def run(self, opt, params, active, names):
         """Run, and return True, if all lies where it did; else do nothing."""
-        states = self.states
-        steps = {state["step"] for state in states}
-        if len(steps) > 1 or list(map(id, opt.state.values())) != self.all:
+        states, now = self.states, list(map(id, opt.state.values()))
+        steps = {state.get("step") for state in states}
+        if len(steps) > 1 or None in steps or now != self.all:
             return False
         step = steps.pop() + 1
         program, numbers = _read(active, names, step)

@@ -209,8 +209,11 @@ class Launch:
 
     def knows(self, columns):
         """Whether all tensors of these lists lie where they did when it was placed."""
-        return (self.placed == [t.data_ptr() for column in columns for t in column]
-                and self.strides == _strides(columns[1]))
+        try:
+            return (self.placed == [t.data_ptr() for column in columns for t in column]
+                    and self.strides == _strides(columns[1]))
+        except AttributeError:                       # None: a state that somebody dropped
+            return False
 
     def place(self, columns, grads=None):
         """Point the kernel at lists of tensors; in a row, all must be laid out alike.

@@ -151,6 +151,13 @@ def changes():
     def forget(opt, mine):
         opt.state[mine[0]] = {}
 
+    def empty_in_place(opt, mine):
+        for state in opt.state.values():
+            state.clear()
+
+    def drop_one_tensor(opt, mine):
+        del opt.state[mine[1]]["exp_avg_sq"]
+
     def clear(opt, mine):
         opt.state.clear()
 
@@ -187,7 +194,7 @@ def changes():
         opt.step()
         opt.engine = engine
 
-    return {f.__name__: f for f in (forget, clear, swap_state, move_state, move, lay_out_anew, transpose_gradient, silence, reload,
+    return {f.__name__: f for f in (forget, empty_in_place, drop_one_tensor, clear, swap_state, move_state, move, lay_out_anew, transpose_gradient, silence, reload,
                                     amsgrad_on, stop_decay, another_engine)}
 
 
