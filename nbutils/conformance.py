@@ -418,8 +418,7 @@ def check_optimizer(factory, rule, scenarios=tuple(SCENARIOS), raises=True):
             failed[name] = trouble
     head = (f"{type(opt).__module__}.{type(opt).__name__} against {rule}: passes "
             f"{len(scenarios) - len(failed)} of {len(scenarios)} scenarios")
-    why = _explain(rule, drives * bool(failed), own)
-    report = Report(head, not failed, failed, why)
+    report = Report(head, not failed, failed, _explain(rule, drives * bool(failed), own))
     if failed and raises:
         raise ConformanceError(report)
     print(report)

@@ -9,16 +9,26 @@ __all__ = ['Formula', 'write_formulas', 'kernel_source', 'no_kernel', 'Launch']
 import functools
 import hashlib
 import linecache
+import math
 import os
 from importlib.util import find_spec
 
 import torch
+
+from .engines import _as_lists, _count, _fused_kind, _gather, _is_dense, _like
+from .engines import _plan, _probe, _run_steppers
+from .optimizer import ENGINES
 
 # %% ../nbs/a6-kernel.ipynb #formula
 class Formula:
     """A number that is not known yet: arithmetic with it writes down a formula.
 
     What would need its value, as a comparison does, raises a TypeError.
+
+    Parameters
+    ----------
+    text : str
+        The formula so far, as Python.
     """
 
     def __init__(self, text):
@@ -47,43 +57,75 @@ for _name, _sign in {"add": "+", "sub": "-", "mul": "*", "truediv": "/", "pow": 
     setattr(Formula, f"__r{_name}__", _formula_operator(_sign, True))
 
 # %% ../nbs/a6-kernel.ipynb #write-formulas
+def _is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _as_formula(name, value):
     if isinstance(value, tuple):
         return tuple(_as_formula(f"{name}[{i}]", v) for i, v in enumerate(value))
-    return value if isinstance(value, bool) else Formula(name)
+    return Formula(name) if _is_number(value) else value
 
 
-def write_formulas(active, probe):
+def write_formulas(active, names, step):
     """Let steppers calculate with formulas, and make a function of what they wrote.
+
+    The steppers must be functions of their arguments: what they read elsewhere is read
+    once.
 
     Parameters
     ----------
     active : sequence of (stepper, dict)
         Steppers with their hyper-parameters.
-    probe : callable
-        From the same and a step to a program of operations, and its numbers.
+    names : sequence of str
+        The tensors in their state.
+    step : int
+        A step at which the formulas are tried.
 
     Returns
     -------
     (program, function) or None
-        The function takes the step, and the hyper-parameters by name, and gives the
-        numbers. None if a stepper needs their values to know what to do.
+        The operations, and a function of the step and the hyper-parameters by name that
+        gives the numbers. None if a stepper must know numbers to know what to do, or if
+        the formulas do not give what the steppers calculate at this step.
     """
     formulas = [(s, {k: _as_formula(k, v) for k, v in h.items()}) for s, h in active]
+    known = {k: v for _, hypers in active for k, v in hypers.items()}
     try:
-        program, numbers = probe(formulas, Formula("_step"))
-    except TypeError:
+        program, numbers = _probe(formulas, names, Formula("_step"))
+        text = "".join(getattr(x, "text", repr(x)) + ", " for x in numbers)
+        function = eval(f"lambda _step, {', '.join(known)}: ({text})", {"inf": math.inf})
+        given = program, list(function(step, **known))
+    except (TypeError, AttributeError, NameError, SyntaxError):
         return None
-    text = "".join(getattr(x, "text", repr(x)) + ", " for x in numbers)
-    known = dict.fromkeys(k for _, hypers in active for k in hypers)
-    return program, eval(f"lambda _step, {', '.join(known)}: ({text})")
+    return (program, function) if given == _probe(active, names, step) else None
+
+# %% ../nbs/a6-kernel.ipynb #read
+_READ = {}      # steppers, and what is no number among their hyper-parameters -> formulas
+
+
+def _structure(value):
+    if isinstance(value, tuple):
+        return tuple(map(_structure, value))
+    return None if _is_number(value) else repr(value)
+
+
+def _read(active, names, step):
+    """What the steppers do and their numbers, by formulas where these can be written."""
+    key = tuple((s, *map(_structure, h.values())) for s, h in active)
+    if key not in _READ:
+        _READ[key] = write_formulas(active, names, step)
+    if _READ[key] is None:
+        return _probe(active, names, step)
+    program, numbers = _READ[key]
+    return program, numbers(step, **{k: v for _, h in active for k, v in h.items()})
 
 # %% ../nbs/a6-kernel.ipynb #table
 _TRITON = {  # operations, with their named arguments; {0}, {1}, ... are the operands
     "add": "{0} + {1}", "add alpha": "{0} + {2} * {1}", "sub": "{0} - {1}",
     "sub alpha": "{0} - {2} * {1}", "mul": "{0} * {1}", "div": "{0} / {1}",
     "neg": "-{0}", "reciprocal": "1.0 / {0}", "sqrt": "root({0})", "abs": "tl.abs({0})",
-    "sign": "tl.where({0} > 0, 1.0, tl.where({0} < 0, -1.0, 0.0 * {0}))",
+    "sign": "tl.where({0} > 0, 1.0, tl.where({0} < 0, -1.0, 0.0))",
     "lerp": "{0} + {2} * ({1} - {0})",
     "addcmul": "{0} + {1} * {2}", "addcmul value": "{0} + {3} * ({1} * {2})",
     "addcdiv": "{0} + {1} / {2}", "addcdiv value": "{0} + {3} * ({1} / {2})",
@@ -121,17 +163,23 @@ def kernel_source(program, columns, numbers, align=16):
     ----------
     program : sequence of (str, str, str, ...)
         What is assigned, the operation, its operands, as `nbutils.engines` notes them.
-        An operand is a column, a result of before, or a number "n0", "n1", ...
+        An operand is a column, a result of before ("x0", ...), or a number ("n0", ...).
     columns : dict of str to torch.dtype
         The lists of tensors by name; the first is the parameters.
     numbers : int
         How many numbers there are.
     align : int
-        Bytes by which every tensor's address can be divided.
+        Every tensor's address, in bytes, can be divided by it.
 
     Returns
     -------
     str
+        Python that defines `kernel`.
+
+    Raises
+    ------
+    KeyError
+        For an operation that :func:`no_kernel` would name.
     """
     kinds = {name: str(kind).removeprefix("torch.") for name, kind in columns.items()}
     wide = "float64" if torch.float64 in columns.values() else "float32"
@@ -142,15 +190,15 @@ def kernel_source(program, columns, numbers, align=16):
         lines += [f"    {name} = tl.load(numbers + {i})" for i, name in enumerate(names)]
     for i, (name, kind) in enumerate(kinds.items()):
         place = f"tl.load(addresses + {i} * tensors + which).to(tl.pointer_type(tl.{kind}))"
-        lines.append(f"    {name}_at = tl.multiple_of({place}, {align}) + begin")
+        lines.append(f"    at_{name} = tl.multiple_of({place}, {align}) + begin")
     changed = [name for name in columns if name in {target for target, *_ in program}]
     for test, mask in ((">= WIDTH", ""), ("< WIDTH", ", mask=at < left")):
         lines.append(f"    if left {test}:")
-        lines += [f"        {name} = tl.load({name}_at + at{mask}).to(tl.{wide})"
+        lines += [f"        {name} = tl.load(at_{name} + at{mask}).to(tl.{wide})"
                   for name in columns]
         lines += [f"        {target} = {_TRITON[name].format(*operands)}"
                   for target, name, *operands in program]
-        lines += [f"        tl.store({name}_at + at, {name}{mask})" for name in changed]
+        lines += [f"        tl.store(at_{name} + at, {name}{mask})" for name in changed]
     return "\n".join(lines) + "\n"
 
 # %% ../nbs/a6-kernel.ipynb #load
@@ -179,6 +227,10 @@ def no_kernel(device, program=()):
     device : torch.device or str
     program : sequence of (str, str, str, ...)
         As for :func:`kernel_source`.
+
+    Returns
+    -------
+    str or None
     """
     lacking = [name for _, name, *_ in program if name not in _TRITON]
     if lacking:
@@ -189,64 +241,161 @@ def no_kernel(device, program=()):
         return f"Triton's kernels run on CUDA GPUs, and the parameters are on {device}"
     return None
 
+# %% ../nbs/a6-kernel.ipynb #likeness
+try:
+    from torch._C._dynamo.guards import TensorGuards as _Guards     # fast, and torch's own
+except ImportError:
+    _Guards = None
+
+
+def _likeness(tensors):
+    """A function that says whether tensors have the shapes, strides, dtypes of these."""
+    if _Guards is not None:
+        return _Guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    def kinds(*tensors):
+        return [(t.shape, t.stride(), t.dtype, t.device) for t in tensors]
+    wanted = kinds(*tensors)
+    return lambda *found: kinds(*found) == wanted
+
 # %% ../nbs/a6-kernel.ipynb #launch
 class Launch:
     """A kernel over lists of tensors, and the table of the places where these lie.
+
+    A *column* is a list of tensors, one for each parameter, all of one dtype and device
+    and, in the same row, of one shape and layout.
 
     Parameters
     ----------
     program : sequence of (str, str, str, ...)
         As for :func:`kernel_source`.
     names : sequence of str
-        Of the columns; the second is that of the gradients.
+        Of the columns: "p" (the parameters), "g" (the gradients), then the state's.
     width : int
         Elements of a block, a power of 2.
     """
 
     def __init__(self, program, names, width=1024):
         self.program, self.names, self.width = program, names, width
-        self.placed = self.sizes = None
+        self.placed = self.made_for = None
 
     def knows(self, columns):
-        """Whether all tensors of these lists lie where they did when it was placed."""
-        try:
-            return (self.placed == [t.data_ptr() for column in columns for t in column]
-                    and self.strides == _strides(columns[1]))
-        except AttributeError:                       # None: a state that somebody dropped
+        """Whether these are the tensors' places, shapes and kinds that it was placed on."""
+        tensors = [t for column in columns for t in column]
+        if self.placed is None or any(t is None for t in tensors):
             return False
+        return self.placed == [t.data_ptr() for t in tensors] and self.same(*tensors)
 
-    def place(self, columns, grads=None):
-        """Point the kernel at lists of tensors; in a row, all must be laid out alike.
+    def place(self, columns, found=None):
+        """Point the kernel at columns.
 
-        `grads` are the gradients as they were found, if a column holds other views.
+        `found` are the columns as they were found, if `columns` holds copies or other
+        views of them; a kernel that works on copies knows none of them again.
         """
-        addresses = self.placed = [t.data_ptr() for column in columns for t in column]
-        self.strides = _strides(grads or columns[1])
+        self.held = columns                     # until it has run: copies must not be freed
+        addresses = [t.data_ptr() for column in columns for t in column]
+        tensors = [t for column in found or columns for t in column]
+        self.placed, self.same = [t.data_ptr() for t in tensors], _likeness(tensors)
+        if self.placed != addresses:
+            self.placed = None
         kinds = {name: column[0].dtype for name, column in zip(self.names, columns)}
         self.like = first = columns[0][0]
         align = 16 if all(a % 16 == 0 for a in addresses) else first.element_size()
         self.source = self.program, tuple(kinds.items()), align
         sizes = [t.numel() for t in columns[0]]
-        if sizes != self.sizes:
-            self.sizes = sizes
+        if (sizes, first.device) != self.made_for:
+            self.made_for = sizes, first.device
             blocks = (torch.tensor(sizes) + self.width - 1) // self.width
             owner = torch.repeat_interleave(torch.arange(len(sizes)), blocks)
             start = torch.arange(len(owner)) - (blocks.cumsum(0) - blocks)[owner]
             tables = owner.int(), start, torch.tensor(sizes)
-            self.tables = [t.to(first.device) for t in tables]
+            self.tables = *(t.to(first.device) for t in tables), len(sizes)
             self.grid = (max(1, len(owner)),)
         self.addresses = torch.tensor(addresses).to(first.device)
 
     def __call__(self, numbers):
-        """Run it with these numbers."""
+        """Run it with a sequence of numbers, as many as the program names."""
         kernel, in_double = _load(*self.source, len(numbers))
         numbers = [float(x) for x in numbers]
         if in_double:
             numbers = [torch.tensor(numbers, dtype=torch.float64).to(self.like.device)]
         with torch.cuda.device_of(self.like):
-            kernel[self.grid](self.addresses, *self.tables, len(self.sizes), *numbers,
-                              WIDTH=self.width, enable_fp_fusion=True)
+            kernel[self.grid](self.addresses, *self.tables, *numbers, WIDTH=self.width,
+                              enable_fp_fusion=True)
+        self.held = None
+
+# %% ../nbs/a6-kernel.ipynb #last-launch
+class _NoKernel(ValueError):
+    """Our kernel cannot run here, or not this rule."""
 
 
-def _strides(grads):
-    return [g.stride() for g in grads if g.dim() > 1]
+class _Last:
+    """The last launch for a list of parameters, ready to run again with new numbers."""
+
+    def __init__(self, opt, states, launch):
+        self.states, self.launch = states, launch
+        self.all = list(map(id, opt.state.values()))
+
+    def run(self, opt, params, active, names):
+        """Run, and return True, if all lies where it did; else do nothing."""
+        steps = {state.get("step") for state in self.states}
+        step = steps.pop()
+        if steps or type(step) is not int or list(map(id, opt.state.values())) != self.all:
+            return False
+        program, numbers = _read(active, names, step + 1)
+        columns = [params, [p.grad for p in params],
+                   *([state.get(name) for state in self.states] for name in names)]
+        if program != self.launch.program or not self.launch.knows(columns):
+            return False
+        self.launch(numbers)
+        _count(self.states, step + 1)
+        return True
+
+# %% ../nbs/a6-kernel.ipynb #kernel-engine
+def _run_kernel(opt, group, params):
+    active, names = _plan(opt, group)
+    kept, ids = opt.__dict__.setdefault("_launches", {}), tuple(map(id, params))
+    if not (ids in kept and kept[ids].run(opt, params, active, names)):
+        work = []
+        for step, members, states in _gather(opt, params, names):
+            program, numbers = _read(active, names, step)
+            if why := no_kernel(members[0].device, program):
+                raise _NoKernel(f"{type(opt).__name__}: {why}; use engine='fast', "
+                                "'compiled' or 'lists'")
+            work.append((step, members, states, program, numbers))
+        for step, members, states, program, numbers in work:      # all can be run
+            if all(map(_is_dense, members)):
+                launch = _launch(members, states, names, program, kept)
+                launch(numbers)
+                kept[tuple(map(id, members))] = _Last(opt, states, launch)
+            else:
+                _run_steppers(active, *_as_lists(members, states, names, step))
+            _count(states, step)
+    torch.autograd.graph.increment_version(params)          # as torch's operations do
+
+
+def _launch(members, states, names, program, kept):
+    """A launch for these parameters: the one of before, or a new one, placed anew."""
+    if len(kept) > 100:              # other gradients are missing at every step
+        kept.clear()
+    key, columns = (program, *map(id, members)), ("p", "g", *(f"s_{n}" for n in names))
+    launch = kept.setdefault(key, Launch(program, columns))
+    grads = [_like({"grad": p.grad}, "grad", p) for p in members]
+    rest = [[_like(s, name, p) for s, p in zip(states, members)] for name in names]
+    launch.place([members, grads, *rest], [members, [p.grad for p in members], *rest])
+    return launch
+
+
+ENGINES["kernel"] = _run_kernel
+
+# %% ../nbs/a6-kernel.ipynb #fast
+def _run_fast(opt, group, params):
+    if params and no_kernel(params[0].device) is None:
+        try:
+            return _run_kernel(opt, group, params)
+        except _NoKernel:
+            pass                                            # nothing has moved yet
+    active, _ = _plan(opt, group)
+    ENGINES["compiled" if _fused_kind(active) is None else "fused"](opt, group, params)
+
+
+ENGINES["fast"] = _run_fast

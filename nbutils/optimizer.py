@@ -170,16 +170,20 @@ class _Groups(torch.optim.Optimizer):
 def _run_loop(opt, group, params):
     """Run the steppers on one parameter after the other: the definition."""
     active = _active(opt.steppers, group)
+    names = [name for s, _ in active for name in s.state_names]
+    idle = {name for s in opt.steppers for name in s.state_names}.difference(names)
     for p in params:
-        g, state = p.grad, opt.state[p]
-        state["step"] = int(state.get("step", 0)) + 1
+        g, kept = p.grad, opt.state[p]
+        state = {name: value for name, value in kept.items() if name not in idle}
+        state["step"] = int(kept.get("step", 0)) + 1
+        for name in names:
+            if state.get(name) is None:
+                state[name] = torch.zeros_like(p)
         for s, hypers in active:
-            for name in s.state_names:
-                if state.get(name) is None:
-                    state[name] = torch.zeros_like(p)
             g = s(p, g, state, **hypers)
             if g is None:
                 raise TypeError(f"stepper {s.__name__} must return the direction g")
+        kept.update(state)              # a step that fails is not counted
 
 
 def _run_auto(opt, group, params):
@@ -192,7 +196,7 @@ ENGINES = {"auto": _run_auto, "loop": _run_loop}  # each takes optimizer, group,
 
 def _find_engine(name):
     if name not in ENGINES:
-        importlib.import_module("nbutils.engines")  # adds its own to the table
+        importlib.import_module("nbutils.kernel")  # it and nbutils.engines add theirs
     if name not in ENGINES:
         raise ValueError(unknown("engine", name, ENGINES))
     return ENGINES[name]

@@ -146,6 +146,138 @@ def test_new_gradients_each_step():
     torch.testing.assert_close(path("kernel"), path("loop"), rtol=0, atol=1e-12)
 
 
+def test_new_gradients_of_another_layout_each_step():
+    """Each is copied for the kernel; a copy's place may be the next gradient's."""
+    def path(engine):
+        draw = torch.Generator().manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(16, 16, 3, 3, generator=draw, dtype=torch.float64).to(DEVICE)
+                               .to(memory_format=torch.channels_last))
+        opt = AdamW([p], lr=0.1, engine=engine)
+        for _ in range(12):
+            p.grad = torch.randn(16, 16, 3, 3, generator=draw, dtype=torch.float64).to(DEVICE)
+            opt.step()
+            opt.zero_grad()
+        return p.detach()
+
+    torch.testing.assert_close(path("kernel"), path("loop"), rtol=0, atol=1e-12)
+
+
+@pytest.mark.skipif(not hasattr(torch.nn.Parameter(torch.ones(1)), "grad_dtype"), reason="this torch has no grad_dtype")
+def test_gradients_of_another_dtype():
+    """They are read as what they are, also where only some are; the loop has no operation for both."""
+    def path(dtype, engine):
+        mine = on_device(torch.float32, 2)
+        g, mine[1].grad = mine[1].grad, None
+        mine[1].grad_dtype = dtype
+        mine[1].grad = g.to(dtype)
+        return walk(AdamW(mine, lr=0.1, engine=engine), 3)
+
+    torch.testing.assert_close(path(torch.float64, "kernel"), path(torch.float32, "loop"), rtol=0, atol=5e-6)
+
+
+def test_states_may_have_any_name():
+    """Also those of variables in the kernel."""
+    for name in ("p", "g", "n0", "x1", "left", "at", "which", "begin", "at_p", "s_v", "tl"):
+        @stepper(state=(name,))
+        def averaging(p, g, state, *, beta=0.9):
+            return state[name].lerp_(g, 1 - beta).add(g.abs(), alpha=0.5)
+
+        Averaging = optimizer("Averaging", averaging, sgd_step)
+        ends = [walk(Averaging(on_device(n=2), lr=0.1, engine=e), 3) for e in ("loop", "kernel")]
+        torch.testing.assert_close(*ends, rtol=0, atol=1e-12)
+
+
+def test_nothing_moves_before_all_can_be_run():
+    """Two lists, of which the second cannot be written: fast takes another way for both, from the start."""
+    @stepper
+    def late(p, g, state):
+        return g.tanh() if state["step"] > 2 else g
+
+    def path(engine):
+        mine = on_device(n=2)
+        opt, kept = optimizer("Late", late, sgd_step)(mine, lr=0.1, engine=engine), mine[1].grad
+        for t in range(4):
+            mine[1].grad = kept if t == 3 else None          # at t == 3 the one makes its fourth step, the other its first
+            try:
+                opt.step()
+            except ValueError:
+                assert engine == "kernel" and t >= 2
+        return torch.cat([p.detach() for p in mine]), [opt.state[p].get("step", 0) for p in mine]
+
+    (ours, counts), (loops, same) = path("fast"), path("loop")
+    torch.testing.assert_close(ours, loops, rtol=0, atol=1e-12)
+    assert counts == same == [4, 1]
+    assert path("kernel")[1] == [2, 0]
+
+
+def test_launches_are_not_kept_without_end():
+    mine, draw = on_device(n=9), torch.Generator().manual_seed(0)
+    opt, kept = SGD(mine, lr=0.1, momentum=0.9, engine="kernel"), [p.grad for p in mine]
+    for _ in range(150):
+        for p, g, here in zip(mine, kept, torch.rand(9, generator=draw) < 0.5):
+            p.grad = g if here else None
+        opt.step()
+    assert len(opt._launches) < 300
+
+
+def test_formulas_give_what_the_steppers_calculate():
+    """For our rules they are written; what they cannot say is asked for at each step."""
+    for kind, hypers in ((AdamW, {"amsgrad": True}), (Adam, {"l2": 0.1}), (SGD, {"momentum": 0.9, "nesterov": True})):
+        opt = kind(params(1), lr=0.3, **hypers)
+        active, names = engines._plan(opt, opt.param_groups[0])
+        assert kernel.write_formulas(active, names, 5) is not None
+        for step in (1, 2, 1000):
+            written, asked = kernel._read(active, names, step), engines._probe(active, names, step)
+            assert written[0] == asked[0] and list(written[1]) == asked[1]
+
+
+UNWRITABLE = {
+    "a number or nothing": ({"k": None}, lambda g, k, lr: g if k is None else g * k),
+    "flags in a tuple": ({"k": (True, False)}, lambda g, k, lr: g * 2 if k[0] else g),
+    "as many as there are": ({"k": (0.5, 0.25)}, lambda g, k, lr: g * k[0] * k[-1] * len(k)),
+    "a text": ({"k": "b"}, lambda g, k, lr: g * {"a": 0.5, "b": 2.0}[k]), "what kind": ({"k": 3}, lambda g, k, lr: g * 0.5 if isinstance(k, int) else g),
+    "a count": ({"k": 3}, lambda g, k, lr: g * sum(0.5 for _ in range(k))), "an attribute": ({"k": 1}, lambda g, k, lr: g * lr.real),
+    "infinity": ({"k": 1}, lambda g, k, lr: g.clamp_max(math.inf)), "math": ({"k": 0.5}, lambda g, k, lr: g * math.exp(-k)),
+    "a tensor": ({"k": 1.0}, lambda g, k, lr: g * torch.tensor(0.5, dtype=torch.float64)), "a choice": ({"k": 0.0}, lambda g, k, lr: g * (k or 0.5)),
+    "an attempt": ({"k": 1.0}, lambda g, k, lr: g * attempt(lr)), "a dict": ({"k": {"a": 2.0}}, lambda g, k, lr: g * k["a"]),
+}
+
+
+def attempt(lr):
+    try:
+        return 0.5 if lr < 0.2 else 2.0
+    except TypeError:
+        return 7.0
+
+
+@pytest.mark.parametrize("case", UNWRITABLE)
+def test_rules_that_formulas_may_not_freeze(case):
+    hypers, rule = UNWRITABLE[case]
+
+    @stepper
+    def odd(p, g, state, *, lr, k):
+        return rule(g, k, lr)
+
+    Odd = optimizer("Odd", odd, sgd_step)
+    ends = [walk(Odd(on_device(n=2), lr=0.1, engine=e, **hypers), 4) for e in ("loop", "kernel")]
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-12)
+
+
+def test_another_value_of_what_is_no_number_is_another_rule():
+    @stepper
+    def by_flag(p, g, state, *, k):
+        return g * 2 if k[0] else g
+
+    def path(engine):
+        opt = optimizer("Flagged", by_flag, sgd_step)(on_device(n=2), lr=0.1, k=(True,), engine=engine)
+        for k in ((True,), (False,), (True,), (False, 1)):
+            opt.param_groups[0]["k"] = k
+            opt.step()
+        return torch.cat([p.detach() for p in opt.param_groups[0]["params"]])
+
+    torch.testing.assert_close(path("kernel"), path("loop"), rtol=0, atol=1e-12)
+
+
 def changes():
     """What may happen between two steps, each as a function of the optimizer and its parameters."""
     def forget(opt, mine):
@@ -173,6 +305,23 @@ def changes():
     def lay_out_anew(opt, mine):
         mine[0].data = mine[0].detach().t().contiguous().t()
 
+    def turn_in_place(opt, mine):
+        square = mine[3]
+        square.data = square.data.t()
+
+    def turn_state_in_place(opt, mine):
+        state = opt.state[mine[3]]
+        state["exp_avg"].data = state["exp_avg"].data.t()
+
+    def shorten_in_place(opt, mine):
+        mine[1].data, mine[1].grad = mine[1].data[:2], None
+        mine[1].grad = torch.ones(2, dtype=torch.float64, device=DEVICE)
+        for name in ("exp_avg", "exp_avg_sq"):
+            opt.state[mine[1]][name] = opt.state[mine[1]][name][:2]
+
+    def tensor_as_step(opt, mine):
+        opt.state[mine[0]]["step"] = torch.tensor(float(opt.state[mine[0]]["step"]))
+
     def transpose_gradient(opt, mine):
         g = mine[0].grad
         g.as_strided_(g.shape, (1, g.shape[0]))
@@ -194,7 +343,8 @@ def changes():
         opt.step()
         opt.engine = engine
 
-    return {f.__name__: f for f in (forget, empty_in_place, drop_one_tensor, clear, swap_state, move_state, move, lay_out_anew, transpose_gradient, silence, reload,
+    return {f.__name__: f for f in (forget, empty_in_place, drop_one_tensor, clear, swap_state, move_state, move, lay_out_anew, turn_in_place, turn_state_in_place,
+                                    shorten_in_place, tensor_as_step, transpose_gradient, silence, reload,
                                     amsgrad_on, stop_decay, another_engine)}
 
 
@@ -203,7 +353,7 @@ def test_nothing_that_changes_between_steps_is_missed(change):
     def path(engine):
         draw = torch.Generator().manual_seed(0)
         mine = []
-        for shape in ((3, 5), (4,), (6, 2)):
+        for shape in ((3, 5), (4,), (6, 2), (3, 3)):
             w, g = (torch.randn(shape, generator=draw, dtype=torch.float64).to(DEVICE) for _ in range(2))
             mine.append(torch.nn.Parameter(w))
             mine[-1].grad = g

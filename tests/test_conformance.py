@@ -348,7 +348,7 @@ def test_each_fault_is_explained_by_its_name_alone(base):
                                  "state lost on loading"}}[base]
     names = ["constant", "moving lr and betas", "missing gradients", "groups' own decay", "saved and loaded"]
     for fault in sorted(has):
-        assert _explain(right, [walk(right, right.but(**FAULTS[fault]), name) for name in names]) == fault
+        assert _explain(right, [walk(right, right.but(**FAULTS[fault]), name) for name in names], {}) == fault
 
 
 def test_reports_say_the_same_thing_once():
@@ -380,7 +380,32 @@ def test_other_conventions_and_the_unknown_are_told_apart(capsys):
     assert report.explanation == "decay='L2'" and len(report.failures) == len(SCENARIOS)
     assert "passes 0 of" in capsys.readouterr().out
     report = check_optimizer(lambda groups: O.RAdam(groups), rule("adam"), ["constant"], raises=False)
-    assert report.explanation == "no known fault"
+    assert report.explanation == "no known fault; identify(factory) may know the rule"
+
+
+def test_other_numbers_are_told_from_the_groups():
+    """The commonest mistake: the factory's settings are not the rule's."""
+    for arguments, said in (({"weight_decay": 0.1}, "the weight_decay=0.1 of its groups"),
+                            ({"betas": (0.9, 0.99)}, "the betas=(0.9, 0.99) of its groups"),
+                            ({"eps": 1e-6, "amsgrad": True}, "amsgrad='torch' with the eps=1e-06 of its groups")):
+        report = check_optimizer(lambda groups: O.AdamW(groups, **arguments), rule("adamw"),
+                                 ["constant", "moving lr and betas"], raises=False)
+        assert report.explanation == said
+
+
+def test_rounding_is_told_from_a_fault():
+    """AdamW with eps in single precision: on the rule's path to 1e-9, and not to 1e-12."""
+    eps = torch.tensor(1e-8, dtype=torch.float32).item()
+
+    def factory(groups):
+        opt = O.AdamW(groups)
+        for group in opt.param_groups:
+            group["eps"] = eps
+        return opt
+
+    report = check_optimizer(factory, rule("adamw"), ["constant"], raises=False)
+    assert "e-11 apart (tolerance 1e-12)" in report.failures["constant"]
+    assert report.explanation == "rounding, by less than 1e-9"
 
 
 # ---- what else goes wrong ---------------------------------------------------------------------------
@@ -412,7 +437,7 @@ def test_torch_fused_mistakes_on_the_cpu():
     assert set(report.failures) == FUSED_MISTAKES | {"missing gradients"}
     assert "TypeError at step 3" in report.failures["missing gradients"]
     report = check_optimizer(lambda groups: O.AdamW(groups, fused=True), rule("adamw"), raises=False)
-    assert set(report.failures) == FUSED_MISTAKES and report.explanation == "no known fault"
+    assert set(report.failures) == FUSED_MISTAKES and report.explanation.startswith("no known fault")
 
 
 def test_nadam_keeps_a_product_in_single_precision():
@@ -439,9 +464,9 @@ def test_the_kit_sets_the_rates():
 
 
 def test_only_rules_are_followed():
-    with pytest.raises(TypeError, match=r"adamw is no rule to hold an optimizer against: take rule\('adamw'\)"):
+    with pytest.raises(TypeError, match=r"^adamw is no rule; take rule\('adamw'\) or identify\(f\)"):
         check_optimizer(O.AdamW, "adamw")
-    with pytest.raises(TypeError, match=r"missing='unknown'.* is no rule .* or one of identify\(factory\).rules"):
+    with pytest.raises(TypeError, match=r"missing='unknown'.* is no rule; take"):
         check_optimizer(O.SGD, identify(O.SGD))
 
 

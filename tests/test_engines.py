@@ -194,19 +194,6 @@ def test_a_rate_that_is_a_constant_would_be_compiled_again():
     assert graphs() - before == 2
 
 
-def test_numbers_come_from_formulas_where_they_can():
-    """Written down once, they are what the steppers calculate; a rule that needs their values is asked at each step."""
-    from nbutils import engines
-
-    for kind, hypers in ((AdamW, {"amsgrad": True}), (Adam, {"l2": 0.1}), (SGD, {"momentum": 0.9, "nesterov": True})):
-        opt = kind(params(1), lr=0.3, **hypers)
-        active, names = engines._plan(opt, opt.param_groups[0])
-        for step in (1, 2, 1000):
-            written, asked = engines._read(active, names, step), engines._probe(active, names, step)
-            assert written[0] == asked[0] and list(written[1]) == asked[1]
-        assert engines._READ[tuple((s, *(v for v in h.values() if isinstance(v, bool))) for s, h in active)]
-
-
 @stepper
 def every_third(p, g, state, *, lr):
     return g * 2 if state["step"] % 3 == 0 else g.sign() * max(lr, 0.02)
@@ -219,6 +206,118 @@ Third = optimizer("Third", every_third, sgd_step)
 def test_rules_that_need_the_values_of_numbers(engine):
     ends = [walk(Third(params(2), lr=0.1, engine=e), 7) for e in ("loop", engine)]
     torch.testing.assert_close(*ends, rtol=0, atol=1e-12)
+
+
+# --- what a stepper may say --------------------------------------------------------------------------
+def custom(name, function, **defaults):
+    return optimizer(name, function, sgd_step, lr=0.1, **defaults)
+
+
+@stepper(state=("v",))
+def augmented(p, g, state, *, lr, beta=0.9):
+    v = state["v"]
+    v *= beta
+    v += (1 - beta) * g
+    p -= lr * v
+    v /= 1.5
+    v -= 0.1 * g
+    return v
+
+
+@pytest.mark.parametrize("engine", ["lists", "compiled"])
+def test_augmented_assignment_changes_in_place(engine):
+    """As it does for a tensor; otherwise the state would never be written."""
+    ends = [walk(custom("Augmented", augmented)(params(2), engine=e), 5) for e in ("loop", engine)]
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-12)
+
+
+@stepper(state=("v",))
+def replaced(p, g, state, *, beta=0.9):
+    state["v"] = state["v"] * beta + g
+    return state["v"]
+
+
+@stepper
+def counting(p, g, state):
+    state["seen"] = state.get("seen", 0) + 1
+    return g * (1 / state["seen"])
+
+
+@pytest.mark.parametrize("engine", ["lists", "compiled"])
+@pytest.mark.parametrize("function", [replaced, counting])
+def test_new_things_in_the_state_are_refused(function, engine):
+    """By lists they would be lost without a word."""
+    opt = custom("New", function)(params(2), engine=engine)
+    before = [p.detach().clone() for p in opt.param_groups[0]["params"]]
+    with pytest.raises(TypeError, match=f"stepper {function.__name__} puts something new into its state: .*engine='loop'"):
+        opt.step()
+    assert all(map(torch.equal, before, opt.param_groups[0]["params"]))
+    walk(custom("New", function)(params(2), engine="loop"), 2)
+
+
+QUESTIONS = {"ndim": lambda p, g: g if p.ndim == 1 else g * 2, "dtype": lambda p, g: g if g.dtype is torch.float64 else g * 2,
+             "is_sparse": lambda p, g: g * 2 if g.is_sparse else g, "shape": lambda p, g: g * p.shape[0],
+             "equal": lambda p, g: g + (g == 0) * 1.0, "not equal": lambda p, g: g * (g != 0)}
+
+
+@pytest.mark.parametrize("engine", ["lists", "compiled"])
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_questions_that_many_tensors_cannot_answer(question, engine):
+    @stepper
+    def asking(p, g, state):
+        return QUESTIONS[question](p, g)
+
+    with pytest.raises((AttributeError, TypeError), match="runs with engine='loop' only"):
+        custom("Asking", asking)(params(2), engine=engine).step()
+    custom("Asking", asking)(params(2), engine="loop").step()
+
+
+@pytest.mark.parametrize("engine", ["loop", "lists", "compiled", "fused"])
+def test_a_step_that_fails_is_not_counted(engine):
+    @stepper(state=("v",))
+    def failing(p, g, state):
+        raise ArithmeticError("on purpose")
+
+    mine = params(2)
+    opt = AdamW(mine, lr=0.1, engine=engine) if engine == "fused" else custom("Failing", failing)(mine, engine=engine)
+    if engine == "fused":
+        opt.state[mine[0]]["exp_avg"] = torch.zeros(3, dtype=torch.float64)
+    with pytest.raises((ArithmeticError, RuntimeError)):
+        opt.step()
+    assert not any("step" in state for state in opt.state.values())
+
+
+@pytest.mark.parametrize("engine", ["loop", "lists", "fused"])
+def test_amsgrad_switched_off_and_on_again(engine):
+    """As torch: the maximum rests, and is taken up again."""
+    def path(opt):
+        for on in (True, False, False, True):
+            opt.param_groups[0]["amsgrad"] = on
+            for p in opt.param_groups[0]["params"]:
+                p.grad.mul_(0.3)
+            opt.step()
+        return torch.cat([p.detach() for p in opt.param_groups[0]["params"]])
+
+    ours, theirs = path(AdamW(params(2), lr=0.1, engine=engine)), path(torch.optim.AdamW(params(2), lr=0.1, amsgrad=True, foreach=False))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("engine", ["loop", "lists", "fused", "fast", "compiled"])
+def test_state_of_another_model_is_refused(engine):
+    """A smaller tensor under a larger parameter: torch's fused functions would write behind its end."""
+    small, large = params(1, size=4), params(1, size=4096)
+    opt, later = (AdamW(mine, lr=0.1, engine=engine) for mine in (small, large))
+    opt.step()
+    later.load_state_dict(opt.state_dict())
+    with pytest.raises(RuntimeError):
+        later.step()
+
+
+def test_number_that_is_a_tensor_of_zero_switches_off():
+    opt = Adam(params(1), lr=0.1, l2=torch.tensor(0.0), weight_decay=0.1, engine="fused")
+    twin = Adam(params(1), lr=0.1, weight_decay=0.1, engine="loop")
+    opt.step(), twin.step()
+    torch.testing.assert_close(opt.param_groups[0]["params"][0], twin.param_groups[0]["params"][0], rtol=0, atol=1e-12)
 
 
 # --- layouts -----------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def test_source_is_text_of_the_rule():
     text = kernel.kernel_source(PROGRAM, columns, 2)
     compile(text, "kernel", "exec")
     assert "p = p * n0" in text and "x1 = root(g)" in text and "p = p + n1 * (g / x1)" in text
-    assert "tl.store(p_at" in text and "tl.store(g_at" not in text         # what does not change is not written
+    assert "tl.store(at_p" in text and "tl.store(at_g" not in text         # what does not change is not written
     assert "n0, n1, WIDTH" in text and "sqrt_rn" in text
 
 

@@ -13,8 +13,8 @@ MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("
 
 # Low to high; a module imports from lower rows only. Models import torch alone.
 LAYERS = [
-    {"core"}, {"files", "records"}, {"optimizer"}, {"momentum"}, {"adam"}, {"amsgrad", "kernel"},
-    {"schedule", "data", "engines", "conformance"}, {"learner"},
+    {"core"}, {"files", "records"}, {"optimizer"}, {"momentum"}, {"adam"}, {"amsgrad"},
+    {"schedule", "data", "engines", "conformance"}, {"kernel"}, {"learner"},
     {"wide_resnet", "awd_lstm", "qrnn", "cache_pointer"},
     {"experiment"}, {"cifar10", "cars", "wikitext2"}, {"command"},
 ]
