@@ -211,7 +211,7 @@ class _Traced(_Operand):
 def _apply(name, tensors, given):
     numbers = [a for a in given if isinstance(a, torch.Tensor)]
     of_lists = ("mul", "div") if tensors[0].dtype is torch.float64 else ("add", "mul", "div")
-    if not numbers or name in of_lists:     # NB: compiled for a CPU, add rounds its number
+    if not numbers or name in of_lists:     # NB: for CPUs, add rounds it to float32
         return _foreach(name)(tensors, *given)
     columns = [itertools.repeat(a) if isinstance(a, torch.Tensor) else a for a in given]
     return [getattr(torch, name)(*row) for row in zip(tensors, *columns)]

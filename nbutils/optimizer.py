@@ -27,7 +27,8 @@ def stepper(function=None, *, state=(), skip_at_zero=None):
     Parameters
     ----------
     state : tuple of str
-        Tensors to keep for each parameter; they start as zeros of its shape.
+        Tensors to keep for each parameter; they start as zeros of its shape, and the
+        function changes them in place.
     skip_at_zero : str, optional
         The hyper-parameter at whose value 0 the stepper is left out.
 
