@@ -18,6 +18,8 @@ from .optimizer import _check_value, l2, optimizer, stepper, weight_decay
 def amsgrad(p, g, state, *, amsgrad=False):
     """amsgrad: keep the largest v so far, which `adam_step` then takes for v.
 
+    The flag of the same name switches it on; `max_exp_avg_sq` is shaped like `p`.
+
     The maximum is of v as kept, before its correction, as in torch (and, where nothing
     is corrected, in Reddi, Kale & Kumar 2018). To be put after `moments`.
     """
@@ -100,11 +102,13 @@ def _check_run(variant, steps, at, start, lr, betas):
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"counterexample: steps={steps!r} must be a whole number, 1 "
                          "or more")
+    if not (at is None or isinstance(at, (list, tuple, range)) and len(at)):
+        raise ValueError(f"counterexample: at={at!r} must be a list of steps, or None")
     for t in at or ():
         if not isinstance(t, int) or not 1 <= t <= steps:
             raise ValueError(f"counterexample: at holds {t!r}, which is no step from 1 "
                              f"to {steps}")
-    if not -1 <= start <= 1:
+    if not isinstance(start, (int, float)) or not -1 <= start <= 1:
         raise ValueError(f"counterexample: start={start!r} must lie in [-1, 1]")
     _check_value("counterexample", "lr", lr)
     _check_value("counterexample", "betas", betas)
@@ -124,9 +128,11 @@ def counterexample(variant="adam", steps=100_000, *, lr=0.5, falling=True,
         "adam"; amsgrad as in the "paper" (no correction), in "torch" (max of raw v,
         then corrected; Keras too) or in "optax" (corrected, then max).
     steps : int
+        How many are made.
     lr : float
         Step t has the learning rate lr / sqrt(t), or lr if not `falling`.
     falling : bool
+        Whether the learning rate falls.
     betas : (float, float)
     start : float
         The first x.
