@@ -159,7 +159,11 @@ class _Groups(torch.optim.Optimizer):
 
     @property
     def engine(self):
-        """How a group is run: "loop", or a faster way of :mod:`nbutils.engines`."""
+        """How a group is run: "loop", or a faster way to the same numbers.
+
+        "auto" is the loop on a CPU and "lists" on a GPU. "lists", "compiled" and "fused"
+        are of :mod:`nbutils.engines`, "kernel" and "fast" of :mod:`nbutils.kernel`.
+        """
         return self._engine
 
     @engine.setter
