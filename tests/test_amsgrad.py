@@ -58,7 +58,7 @@ def test_without_amsgrad_no_maximum_is_kept():
     ({"steps": -5}, "steps=-5 must be"), ({"steps": 1e3}, "steps=1000.0 must be"), ({"steps": "9"}, "steps='9' must be"),
     ({"at": [0]}, "at holds 0, which is no step from 1 to 50"), ({"at": [1, 51]}, "at holds 51"),
     ({"at": [2.5]}, "at holds 2.5"),
-    ({"at": 3}, "at=3 must be a list of steps, or None"), ({"at": []}, r"at=\[\] must be"), ({"at": iter([1])}, "must be a list"),
+    ({"at": 3}, "at=3 must be a list of steps, or None"), ({"at": []}, r"at=\[\] must be"), pytest.param({"at": iter([1])}, "must be a list", id="at-an-iterator"),
     ({"start": "0"}, "start='0' must lie in"),
     ({"start": 1.5}, r"start=1.5 must lie in \[-1, 1\]"), ({"start": -2}, "start=-2 must lie"),
     ({"start": math.nan}, "start=nan must lie"),
