@@ -162,7 +162,7 @@ def _todo(args):
 
 def _table(args):
     task = get_task(args.task)
-    grids = [c.row for c in task.configs if c.row.startswith("grid-")]
+    grids = [c.row for c in task.configs if c.size == args.size and c.row.startswith("grid-")]
     rows = task.rows(args.size) or task.config("", args.size)
     print(task.table(args.size, rows + grids * args.grids))
     return 0

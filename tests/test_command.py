@@ -195,14 +195,17 @@ def test_tables_of_sizes_stay_apart(home, capsys):
     assert "adamw-laptop-94" in out
     assert main(["table", "cifar10", "--grids"]) == 0
     assert capsys.readouterr().out.count("\ngrid-") == 6
+    assert main(["table", "cifar10", "--size", "full", "--grids"]) == 0
+    rows = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("grid-")]
+    assert rows == [c.row for c in get_task("cifar10").configs if c.size == "full" and c.row.startswith("grid-")]
 
 
 def test_missing_is_ordered_by_want(home):
     found = missing()
     assert [size for _, size, *_ in found] == sorted((s for _, s, *_ in found), key=["full", "colab", "laptop", "smoke"].index)
     assert found[0] == ("cifar10", "full", "adamw-30", [0, 1, 2, 3, 4])
-    grids = [seeds for _, _, row, seeds in found if row.startswith("grid-")]
-    assert grids == [[0]] * 6
+    grids = [(size, seeds) for _, size, row, seeds in found if row.startswith("grid-")]
+    assert grids == [("full", [0])] * 12 + [("laptop", [0])] * 6
     write_record(make_record(size="full", seed=0), home / "records")
     write_record(make_record(size="full", seed=3), home / "records")
     write_record(make_record(size="full", seed=77), home / "records")
