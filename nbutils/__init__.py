@@ -47,6 +47,10 @@ _NAMES = {
         "Progress tta"
     ),
     "wide_resnet": "Block GAMMAS wide_resnet_22 WideResNet",
+    "awd_lstm": (
+        "Carried detached EmbeddingDropout LanguageModel LanguageOutput "
+        "LockedDropout RegularizedLoss token_loss WeightDropLSTM"
+    ),
     "experiment": (
         "CellBusy Checkpoint Config get_task records_folder register Reseed run "
         "runs_folder SIZES Task TASKS thin"
