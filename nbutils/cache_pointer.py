@@ -28,8 +28,8 @@ def _between(name, value, low, high):
 
 def _check_stream(tokens):
     if tokens.dim() != 1 or len(tokens) < 2:
-        raise ValueError(f"tokens have shape {list(tokens.shape)}: one stream of two or "
-                         "more is needed, for its first token is no target")
+        raise ValueError(f"tokens have shape {list(tokens.shape)}: one stream of two "
+                         "or more is needed, for its first token is no target")
     if tokens.dtype != torch.int64:
         raise TypeError(f"tokens are {tokens.dtype}: int64 is needed, tokens.long()")
 
@@ -44,8 +44,8 @@ def _forward(model, inputs, state):
     for name, values in (("logits", out.logits), ("raw", out.raw)):
         if values.dim() != 3 or values.shape[:2] != (len(inputs), 1):
             raise ValueError(f"the model's {name} have shape {list(values.shape)}: for "
-                             f"{len(inputs)} tokens of one stream [{len(inputs)}, 1, …] "
-                             "is needed, time first")
+                             f"{len(inputs)} tokens of one stream [{len(inputs)}, 1, …]"
+                             " is needed, time first")
     return out
 
 
@@ -90,7 +90,7 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def evaluate_tokens(model, tokens, *, chunk=1000):
-    """Evaluate a language model on each token of a text, with its state carried through.
+    """Evaluate a language model on each token of a text, its state carried through.
 
     Parameters
     ----------
@@ -117,8 +117,8 @@ def evaluate_tokens(model, tokens, *, chunk=1000):
 
     Notes
     -----
-    Runs in evaluation mode and without gradients; each module's ``training`` flag is put
-    back, whatever happens. Autocast is the caller's affair.
+    Runs in evaluation mode and without gradients; each module's ``training`` flag is
+    put back, whatever happens. Autocast is the caller's affair.
     """
     _whole("chunk", chunk)
     _check_stream(tokens)
@@ -153,17 +153,17 @@ def perplexity(log_probs, truncate=None):
     """
     values = log_probs.detach().cpu().double()
     if values.dim() != 1 or not len(values):
-        raise ValueError(f"log_probs have shape {list(values.shape)}: [n] is needed, with "
-                         "one target at least")
+        raise ValueError(f"log_probs have shape {list(values.shape)}: [n] is needed, "
+                         "with one target at least")
     if values.isnan().any():
-        raise ValueError(f"log_probs[{values.isnan().nonzero()[0].item()}] is NaN: look "
-                         "for NaN in the model's weights")
+        place = values.isnan().nonzero()[0].item()
+        raise ValueError(f"log_probs[{place}] is NaN: look at the model's weights")
     if truncate is not None:
         _whole("truncate", truncate)
         kept = len(values) // truncate * truncate
         if not kept:
-            raise ValueError(f"{len(values)} targets hold no whole chunk of {truncate}: "
-                             "give a smaller truncate, or None to count all")
+            raise ValueError(f"{len(values)} targets hold no whole chunk of "
+                             f"{truncate}: give a smaller truncate, or None for all")
         values = values[:kept]
     return (-values.mean()).exp().item()
 
@@ -233,7 +233,8 @@ def _sum_matches(scores, columns, counts):
     values = scores[rows, columns]                          # [pairs]
     top = scores.new_full((len(counts),), -torch.inf)
     top.scatter_reduce_(0, rows, values, "amax")
-    return top + torch.zeros_like(top).index_add_(0, rows, (values - top[rows]).exp()).log()
+    sums = torch.zeros_like(top).index_add_(0, rows, (values - top[rows]).exp())
+    return top + sums.log()
 
 # %% ../nbs/15-cache-pointer.ipynb #true-products
 @contextmanager
@@ -254,15 +255,15 @@ def _true_products(device):
 def _check_history(raw, targets):
     if raw.dim() != 2 or targets.dim() != 1 or len(raw) != len(targets) or not len(raw):
         raise ValueError(f"raw has shape {list(raw.shape)} and targets have "
-                         f"{list(targets.shape)}: [n, features] and [n] are needed, with "
-                         "one target at least")
+                         f"{list(targets.shape)}: [n, features] and [n] are needed, "
+                         "with one target at least")
     if targets.dtype != torch.int64:
         raise TypeError(f"targets are {targets.dtype}: int64 is needed, targets.long()")
     suspects = (~raw.sum(1).isfinite()).nonzero()[:, 0]     # no copy of raw
     bad = suspects[~raw[suspects].isfinite().all(1)]
     if len(bad):
-        raise ValueError(f"raw[{bad[0].item()}] holds NaN or infinity, in {len(bad)} of "
-                         f"{len(raw)} positions: look at the model's weights")
+        raise ValueError(f"raw[{bad[0].item()}] holds NaN or infinity, in {len(bad)} "
+                         f"of {len(raw)} positions: look at the model's weights")
 
 # %% ../nbs/15-cache-pointer.ipynb #cache-log-probs
 @torch.no_grad()
