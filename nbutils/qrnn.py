@@ -62,10 +62,11 @@ def pool_loop(z, f, o=None, c=None):
         For shapes or dtypes that do not fit, or no step at all.
     """
     c, out = _ready(z, f, o, c), []
-    for t in range(len(z)):
-        c = f[t] * z[t] + (1 - f[t]) * c
-        out.append(c if o is None else o[t] * c)
-    return torch.stack(out).to(z.dtype), c
+    for z_t, f_t in zip(z, f):
+        c = f_t * z_t + (1 - f_t) * c
+        out.append(c)
+    h = torch.stack(out)
+    return (h if o is None else o * h).to(z.dtype), c
 
 # %% ../nbs/14-qrnn.ipynb #scan
 _CHUNK = 2**18      # elements: what is done at once; about 1 MB in float32
