@@ -21,18 +21,19 @@ from torch.autograd.function import once_differentiable
 def _ready(z, f, o, c):
     """Check the gates; return the memory to begin with, float32 at least."""
     if z.dim() != 3 or len(z) == 0:
-        raise ValueError(f"z has the shape {tuple(z.shape)}: it must be [steps, streams, "
-                         "channels], with one step at least")
+        raise ValueError(f"z has the shape {tuple(z.shape)}: it must be [steps, "
+                         "streams, channels], with one step at least")
     for name, gate in (("f", f), ("o", o)):
         if gate is not None and (gate.shape, gate.dtype) != (z.shape, z.dtype):
-            raise ValueError(f"{name} is {gate.dtype} of shape {tuple(gate.shape)} and z is "
-                             f"{z.dtype} of shape {tuple(z.shape)}: they must be alike")
+            kinds = [f"{g.dtype} of shape {tuple(g.shape)}" for g in (gate, z)]
+            raise ValueError(f"{name} is {kinds[0]} and z is {kinds[1]}: they must be "
+                             "alike")
     wide = torch.promote_types(z.dtype, torch.float32)
     if c is None:
         return z.new_zeros(z.shape[1:], dtype=wide)
     if c.shape != z.shape[1:]:
-        raise ValueError(f"the memory has the shape {tuple(c.shape)}: for these gates it "
-                         f"must be [streams, channels], {tuple(z.shape[1:])}")
+        raise ValueError(f"the memory has the shape {tuple(c.shape)}: for these gates "
+                         f"it must be [streams, channels], {tuple(z.shape[1:])}")
     return c.to(wide)
 
 # %% ../nbs/14-qrnn.ipynb #pool-loop
@@ -104,7 +105,7 @@ class _Scan(torch.autograd.Function):
                 a = torch.mul(g[part], o[part], out=to_z[part])
             for a_t, f_t in zip(reversed(a.unbind()), reversed(f[part].unbind())):
                 a_t.add_(carried)                                       # dL/dc[t]
-                carried = torch.addcmul(a_t, f_t, a_t, value=-1)        # (1 - f[t]) a[t]
+                carried = torch.addcmul(a_t, f_t, a_t, value=-1)    # (1 - f[t]) a[t]
             d = to_f[part]
             torch.sub(z[t], c[t - 1] if t else c0, out=d[0])
             torch.sub(z[part][1:], c[part][:-1], out=d[1:])
@@ -119,7 +120,7 @@ def pool_scan(z, f, o=None, c=None):
     Parameters
     ----------
     z, f, o, c : Tensor
-        As for :func:`pool_loop`. Gates of half precision are calculated with in float32.
+        As for :func:`pool_loop`. Half precision is calculated with in float32.
 
     Returns
     -------
@@ -172,9 +173,9 @@ def backward(z, f, o, start, c, g, g_last, to_z, to_f, to_o, to_start, steps, co
     carried = tl.load(g_last + column, mask=here)
     place = column.to(tl.int64) + (steps - 1).to(tl.int64) * columns
     now = tl.load(c + place, mask=here).to(first.dtype)
-    for left in range(steps):                   # so many steps are behind us
-        later = left < steps - 1
-        before = tl.load(c + place - columns, mask=here & later, other=0.0)
+    for _ in range(steps):
+        later = here & (place >= columns)       # there is a step before this one
+        before = tl.load(c + place - columns, mask=later, other=0.0)
         before = tl.where(later, before.to(first.dtype), first)
         a = tl.load(g + place, mask=here).to(first.dtype)
         if GATED:
@@ -224,8 +225,9 @@ class _Kernel(torch.autograd.Function):
         h = c if o is None else torch.empty_like(z)
         grid = ((c0.numel() + _WIDTH - 1) // _WIDTH,)
         with torch.cuda.device_of(z):
-            _load_kernels()[0][grid](z, f, z if o is None else o, c0, c, h, last, len(z),
-                                     c0.numel(), GATED=o is not None, WIDTH=_WIDTH)
+            _load_kernels()[0][grid](
+                z, f, z if o is None else o, c0, c, h, last, len(z), c0.numel(),
+                GATED=o is not None, WIDTH=_WIDTH)
         ctx.save_for_backward(z, f, o, c0, c)
         return h, last
 
@@ -233,7 +235,7 @@ class _Kernel(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g, g_last):
         z, f, o, c0, c = ctx.saved_tensors
-        to_z, to_f, to_c = torch.empty_like(z), torch.empty_like(f), torch.empty_like(c0)
+        to_z, to_f, to_c = (torch.empty_like(t) for t in (z, f, c0))
         to_o = None if o is None else torch.empty_like(o)
         grid = ((c0.numel() + _WIDTH - 1) // _WIDTH,)
         with torch.cuda.device_of(z):
@@ -291,10 +293,10 @@ def recurrent_pool(z, f, o=None, c=None):
 
 # %% ../nbs/14-qrnn.ipynb #qrnn
 class QRNN(nn.Module):
-    """A quasi-recurrent layer (Bradbury et al. 2017), as the language models of 2018 had it.
+    """A quasi-recurrent layer (Bradbury et al. 2017), as the models of 2018 had it.
 
-    ``z, f, o = linear([x[t], x[t-1]])``, in this order, then tanh of z and sigmoids of f
-    and o; ``c[t] = f * z + (1 - f) * c[t-1]`` and ``h[t] = o * c[t]``. No zoneout.
+    ``z, f, o = linear([x[t], x[t-1]])``, in this order, then tanh of z and sigmoids of
+    f and o; ``c[t] = f * z + (1 - f) * c[t-1]`` and ``h[t] = o * c[t]``. No zoneout.
 
     Parameters
     ----------
@@ -305,8 +307,8 @@ class QRNN(nn.Module):
     output_gate : bool
         Without, h is c, and the linear layer has two parts.
     weight_drop : float
-        Probability in [0, 1) that a weight of the linear layer is dropped in training, at
-        each forward anew, for all steps of the batch.
+        Probability in [0, 1) that a weight of the linear layer is dropped in training,
+        at each forward anew, for all steps of the batch.
 
     Raises
     ------
@@ -317,7 +319,7 @@ class QRNN(nn.Module):
     -----
     Called with x [steps, streams, input_size] and a state, or None for zeros; returns h
     [steps, streams, hidden_size] and the next state: c [streams, hidden_size] and the
-    last input [streams, input_size]. The state is part of the graph until it is detached.
+    last input [streams, input_size]. The caller detaches the state.
     """
 
     def __init__(self, input_size, hidden_size, *, window=1, output_gate=True,
@@ -326,13 +328,14 @@ class QRNN(nn.Module):
         if window not in (1, 2):
             raise ValueError(f"window is {window!r}: it must be 1 or 2")
         if input_size < 1 or hidden_size < 1:
-            raise ValueError(f"input_size is {input_size} and hidden_size is {hidden_size}: "
-                             "both must be 1 or more")
+            raise ValueError(f"input_size is {input_size} and hidden_size is "
+                             f"{hidden_size}: both must be 1 or more")
         if not 0 <= weight_drop < 1:
             raise ValueError(f"weight_drop is {weight_drop}: it must be in [0, 1)")
         self.input_size, self.hidden_size, self.window = input_size, hidden_size, window
         self.output_gate, self.weight_drop = output_gate, weight_drop
-        self.linear = nn.Linear(window * input_size, (2 + bool(output_gate)) * hidden_size)
+        gates = 3 if output_gate else 2
+        self.linear = nn.Linear(window * input_size, gates * hidden_size)
 
     def forward(self, x, state=None):                    # [steps, streams, input_size]
         c, before = self._checked(x, state)
@@ -347,20 +350,20 @@ class QRNN(nn.Module):
 
     def _checked(self, x, state):
         if x.dim() != 3 or x.shape[2] != self.input_size:
-            raise ValueError(f"x has the shape {tuple(x.shape)}: this layer takes [steps, "
-                             f"streams, {self.input_size}]")
+            raise ValueError(f"x has the shape {tuple(x.shape)}: this layer takes "
+                             f"[steps, streams, {self.input_size}]")
         if len(x) == 0:
             raise ValueError("x has no steps: give one at least")
         if state is None:
             return None, torch.zeros_like(x[0])
         wanted = [(x.shape[1], self.hidden_size), (x.shape[1], self.input_size)]
         if not isinstance(state, (tuple, list)) or len(state) != 2:
-            raise ValueError(f"the state is {type(state).__name__}: it must be two tensors, "
-                             f"c {list(wanted[0])} and the last input {list(wanted[1])}")
+            raise ValueError(f"the state is {type(state).__name__}: it must be two "
+                             f"tensors, c {wanted[0]} and the last input {wanted[1]}")
         found = [tuple(t.shape) for t in state]
         if found != wanted:
-            raise ValueError(f"the state has the shapes {found}: for this x they must be "
-                             f"{wanted}; give None to begin anew")
+            raise ValueError(f"the state has the shapes {found}: for this x they must "
+                             f"be {wanted}; give None to begin anew")
         return state
 
     def extra_repr(self):
