@@ -51,6 +51,11 @@ _NAMES = {
         "Carried detached EmbeddingDropout LanguageModel LanguageOutput "
         "LockedDropout RegularizedLoss token_loss WeightDropLSTM"
     ),
+    "qrnn": "pool_kernel pool_loop pool_scan QRNN qrnn_layers recurrent_pool",
+    "cache_pointer": (
+        "add_cache cache_distribution cache_log_probs CACHE_2018 evaluate_tokens "
+        "Evaluation mix_cache perplexity Sweep sweep"
+    ),
     "experiment": (
         "CellBusy Checkpoint Config get_task records_folder register Reseed run "
         "runs_folder SIZES Task TASKS thin"
