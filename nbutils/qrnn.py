@@ -41,7 +41,7 @@ def pool_loop(z, f, o=None, c=None):
     """Pool gates over time, step by step: the definition.
 
     ``c[t] = f[t] * z[t] + (1 - f[t]) * c[t-1]`` and ``h[t] = o[t] * c[t]`` (Bradbury et
-    al. 2017, section 2.1, with 1 - f for their f).
+    al. 2017, section 2, with 1 - f for their f).
 
     Parameters
     ----------
