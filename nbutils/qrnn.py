@@ -41,7 +41,7 @@ def pool_loop(z, f, o=None, c=None):
     """Pool gates over time, step by step: the definition.
 
     ``c[t] = f[t] * z[t] + (1 - f[t]) * c[t-1]`` and ``h[t] = o[t] * c[t]`` (Bradbury et
-    al. 2017, section 2.1, with 1 - f for their f).
+    al. 2017, section 2, with 1 - f for their f).
 
     Parameters
     ----------
@@ -149,7 +149,8 @@ def forward(z, f, o, start, c, h, last, steps, columns,
     here = column < columns
     memory = tl.load(start + column, mask=here)
     place = column.to(tl.int64)
-    for _ in range(steps):
+    left = steps       # NB: range(steps) fails in Triton 3.6's interpreter, NumPy 2.5
+    while left > 0:
         candidate = tl.load(z + place, mask=here).to(memory.dtype)
         gate = tl.load(f + place, mask=here).to(memory.dtype)
         memory += gate * (candidate - memory)
@@ -158,6 +159,7 @@ def forward(z, f, o, start, c, h, last, steps, columns,
             out = tl.load(o + place, mask=here).to(memory.dtype)
             tl.store(h + place, out * memory, mask=here)
         place += columns
+        left -= 1
     tl.store(last + column, memory, mask=here)
 '''
 
@@ -173,7 +175,8 @@ def backward(z, f, o, start, c, g, g_last, to_z, to_f, to_o, to_start, steps, co
     carried = tl.load(g_last + column, mask=here)
     place = column.to(tl.int64) + (steps - 1).to(tl.int64) * columns
     now = tl.load(c + place, mask=here).to(first.dtype)
-    for _ in range(steps):
+    left = steps
+    while left > 0:
         later = here & (place >= columns)       # there is a step before this one
         before = tl.load(c + place - columns, mask=later, other=0.0)
         before = tl.where(later, before.to(first.dtype), first)
@@ -189,6 +192,7 @@ def backward(z, f, o, start, c, g, g_last, to_z, to_f, to_o, to_start, steps, co
         carried = a - a * gate
         now = before
         place -= columns
+        left -= 1
     tl.store(to_start + column, carried, mask=here)
 '''
 
