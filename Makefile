@@ -14,7 +14,7 @@ JOBS ?= 2
 
 unexport IN_TEST           # under it, nbdev exports nothing and says nothing
 
-.PHONY: help install test book bench bench-loops bench-steps counterexamples survey export run-notebooks check-notebooks records tables clean
+.PHONY: help install test book bench bench-loops bench-steps bench-qrnn bench-cache counterexamples survey export run-notebooks check-notebooks records tables clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -66,13 +66,19 @@ $(BENCH_READY): bench/requirements.txt constraints.txt pyproject.toml | $(BIN)/u
 	  -r bench/requirements.txt -e .
 	@touch $@
 
-bench: bench-loops bench-steps  ## measure loops and steps against others: two records
+bench: bench-loops bench-steps bench-qrnn bench-cache  ## all four benchmarks: a record each
 
 bench-loops: $(BENCH_READY)  ## our loop against others (installs them in .bench-venv)
 	$(BENCH)/bin/python bench/bench.py $(ARGS)
 
 bench-steps: $(READY)  ## our optimizers' steps, by each engine, against torch's
 	$(BIN)/python bench/steps.py $(ARGS)
+
+bench-qrnn: $(READY)  ## the QRNN's recurrence as a loop, a scan and a kernel
+	$(BIN)/python bench/qrnn.py $(ARGS)
+
+bench-cache: $(READY)  ## the cache in blocks against a loop over tokens
+	$(BIN)/python bench/cache.py $(ARGS)
 
 counterexamples: $(READY)  ## run chapter 4's long simulations again: a record
 	$(BIN)/python bench/counterexamples.py $(ARGS)

@@ -64,9 +64,9 @@ def missing(names=TASKS, sizes=SIZES, folder=None):
         others as often as their task says for the size.
     """
     found = []
-    for name in names:
-        task = get_task(name)
-        for size in reversed(sizes):
+    for size in reversed(sizes):
+        for name in names:
+            task = get_task(name)
             have = {(r.row, r.seed) for r in task.records(size, folder)}
             for config in task.configs:
                 if config.size == size:

@@ -219,7 +219,8 @@ def test_todo(home, capsys):
     assert main(["todo"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["cifar10", "full", "adamw-30", "lacks", "seeds", "0,1,2,3,4"]
-    assert len(lines) == len(get_task("cifar10").configs)
+    assert len(lines) == sum(len(get_task(name).configs) for name in experiment.TASKS)
+    assert [line.split()[0] for line in lines if line.split()[1] == "full"] == sorted(line.split()[0] for line in lines if line.split()[1] == "full")
     assert main(["todo", "--size", "laptop"]) == 0
     assert {line.split()[1] for line in capsys.readouterr().out.splitlines()} == {"laptop"}
 
