@@ -88,3 +88,10 @@ def pytest_configure(config):
     IPyNbFile.setup, IPyNbCell.sanitize = setup, sanitize_pictures
     config.add_cleanup(lambda: setattr(IPyNbFile, "setup", start_kernel))
     config.add_cleanup(lambda: setattr(IPyNbCell, "sanitize", sanitize))
+
+
+def pytest_collection_modifyitems(items):
+    """Refuse tests named by an object's address: parallel workers would not agree on them."""
+    for item in items:
+        if " at 0x" in item.nodeid:
+            raise pytest.UsageError(f"{item.nodeid}: the address in this name differs from process to process; give ids=")

@@ -121,11 +121,15 @@ class WeightDropLSTM(nn.Module):
         if x.dim() != 3 or x.shape[2] != self.input_size:
             raise ValueError(f"x has shape {list(x.shape)}: give [steps, streams, "
                              f"{self.input_size}]")
+        shape = (x.shape[1], self.hidden_size)
+        if state is not None and any(s.shape != shape for s in state):
+            raise ValueError(f"the state has shapes {[list(s.shape) for s in state]}: give "
+                             f"h and c, each {list(shape)}, or None")
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         x = x.to(dtype or x.dtype)
         if state is None:
-            state = 2 * (x.new_zeros(x.shape[1], self.hidden_size),)
+            state = 2 * (x.new_zeros(shape),)
         hx = tuple(s.to(x.dtype).unsqueeze(0).contiguous() for s in state)
         with torch.autocast(kind, enabled=False):  # NB: torch would choose fp16 for bf16
             out, h, c = torch.lstm(x, hx, self.weights(dtype), True, 1, 0.0,
@@ -183,7 +187,7 @@ class LanguageModel(nn.Module):
         self.output_dropout = LockedDropout(output_dropout)
 
     def forward(self, tokens, state=None):
-        """Read tokens [steps, streams], int64, and return an :class:`LanguageOutput`.
+        """Read tokens [steps, streams], int64, and return a :class:`LanguageOutput`.
 
         ``state`` is that of an earlier LanguageOutput; None begins with zeros.
         """
@@ -215,6 +219,8 @@ def awd_lstm(vocabulary=33_279, embedding=400, hidden=1150, n_layers=3, *,
     -------
     LanguageModel
     """
+    if n_layers < 1:
+        raise ValueError(f"n_layers is {n_layers}: there must be one layer at least")
     sizes = [embedding, *[hidden] * (n_layers - 1), embedding]
     layers = [WeightDropLSTM(a, b, weight_drop) for a, b in zip(sizes, sizes[1:])]
     return LanguageModel(vocabulary, embedding, layers, embedding_dropout=embedding_dropout,
@@ -241,7 +247,7 @@ class Carried(nn.Module):
         return super().train(mode)
 
     def forward(self, tokens):
-        """Read the next tokens [steps, streams] and return an :class:`LanguageOutput`."""
+        """Read the next tokens [steps, streams] and return a :class:`LanguageOutput`."""
         state = self.state if self._streams == tokens.shape[1] else None
         out = self.model(tokens, state)
         self.state, self._streams = detached(out.state), tokens.shape[1]
@@ -249,7 +255,7 @@ class Carried(nn.Module):
 
 
 def detached(state):
-    """Return a state (a tensor, or lists and tuples of states) cut from its history."""
+    """Return a state (a tensor, or plain lists and tuples) cut from its history."""
     if state is None or torch.is_tensor(state):
         return state if state is None else state.detach()
     return type(state)(detached(s) for s in state)
@@ -289,7 +295,7 @@ class RegularizedLoss:
         self.alpha, self.beta, self.on = alpha, beta, on
 
     def __call__(self, output, targets):
-        """Return the loss of an :class:`LanguageOutput`, 0-d."""
+        """Return the loss of a :class:`LanguageOutput`, 0-d."""
         loss, raw = token_loss(output, targets), output.raw.float()
         if self.alpha:
             loss = loss + self.alpha * getattr(output, self.on).float().square().mean()

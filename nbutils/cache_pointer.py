@@ -73,7 +73,7 @@ def _evaluate(model, tokens, chunk):
 class Evaluation(NamedTuple):
     """What a model made of a text of n tokens: its targets are all but the first.
 
-    Attributes
+    Parameters
     ----------
     log_probs : Tensor
         [n - 1]: the log-probability of each target, float32 (float64 from such logits).
@@ -379,7 +379,7 @@ def add_cache(evaluation, *, theta, lam, window, block=256):
 class Sweep(NamedTuple):
     """A grid of perplexities and its best cell.
 
-    Attributes
+    Parameters
     ----------
     thetas, lams : tuple of float
         The grid.

@@ -179,13 +179,15 @@ def test_autocast_runs_in_the_precision_that_was_asked_for():
     (lambda: LockedDropout(1.0), "p is 1.0"), (lambda: EmbeddingDropout(nn.Embedding(3, 2), math.nan), "p is nan"),
     (lambda: WeightDropLSTM(6, 5)(torch.randn(4, 6)), r"x has shape \[4, 6\]: give \[steps, streams, 6\]"),
     (lambda: WeightDropLSTM(6, 5)(torch.randn(4, 2, 7)), r"x has shape \[4, 2, 7\]"),
+    (lambda: WeightDropLSTM(6, 5)(torch.randn(4, 2, 6), (torch.zeros(1, 5),) * 2), r"the state has shapes.*give h and c, each \[2, 5\]"),
+    (lambda: awd_lstm(9, 6, 5, 0), "n_layers is 0"),
     (lambda: LanguageModel(9, 6, [WeightDropLSTM(5, 6)]), "layer 0 reads 5 features, and is given 6"),
     (lambda: LanguageModel(9, 6, [WeightDropLSTM(6, 5)]), "the last layer gives 5 features.*word vectors of 6"),
     (lambda: LanguageModel(9, 6, [WeightDropLSTM(6, 8), WeightDropLSTM(9, 6)]), "layer 1 reads 9 features, and is given 8"),
     (lambda: LanguageModel(9, 6, [WeightDropLSTM(6, 6)], input_dropout=2), "p is 2"),
     (lambda: RegularizedLoss(on="droped"), "on is 'droped'"), (lambda: RegularizedLoss(alpha=-1), "alpha is -1"),
     (lambda: RegularizedLoss(beta=math.inf), "beta is inf"),
-], ids=str)
+], ids=lambda value: value if isinstance(value, str) else "made")
 def test_refusals(make, message):
     with pytest.raises(ValueError, match=message):
         make()

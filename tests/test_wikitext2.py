@@ -74,11 +74,11 @@ def test_strange_separators_are_no_line_ends():
 
 def test_decode_is_the_way_back():
     words = Vocabulary(["a", "b", "<eos>"])
-    assert words.decode(words.encode("a b\nb a\n")) == "a b\nb a <eos>"
+    assert words.decode(words.encode("a b\n\nb a\n")) == "a b\n\nb a\n"
 
 
 @pytest.mark.parametrize("text, message", [
-    ("the cat\nthe bat\n", "my.txt, line 2: the word 'bat' is not in the vocabulary of 4 words"),
+    ("the cat\nthe bat\n", "my.txt, line 2: 'bat' is not in the vocabulary of 4 words"),
     ("", "my.txt is empty"),
 ])
 def test_other_texts_are_refused(text, message):
@@ -102,7 +102,7 @@ def test_a_missing_file_is_named(small, tmp_path):
 
 def test_a_split_with_words_of_its_own_is_refused(small, tmp_path):
     small(tmp_path, valid="the hat\nthe dog\n")
-    with pytest.raises(ValueError, match=r"valid\.txt, line 2: the word 'dog'"):
+    with pytest.raises(ValueError, match=r"valid\.txt, line 2: 'dog' is not"):
         load_wikitext2(tmp_path, download_missing=False)
 
 
@@ -115,7 +115,7 @@ def test_missing_files_are_fetched_and_checked(small, tmp_path, monkeypatch):
 
 def test_cut_makes_rare_words_unknown(topics):
     words = Vocabulary("a b c <unk> <eos>".split())
-    corpus = Corpus(words.encode("a a a b b c\na a b b"), words.encode("a b c"), words.encode("c"), words)
+    corpus = Corpus(words.encode("a a a b b c\na a b b"), words.encode("a b c"), words.encode("c a c"), words)
     cut = corpus.cut(1.0)
     assert cut.vocabulary.words == ["<pad>", "<unk>", "a", "b"]                   # <eos> is too rare here
     assert cut.vocabulary.decode(cut.train) == "a a a b b <unk> <unk> a a b b <unk>"
@@ -125,6 +125,8 @@ def test_cut_makes_rare_words_unknown(topics):
     for share in (0, -0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match="share is"):
             topics.cut(share)
+    with pytest.raises(ValueError, match="nothing is left of a text"):
+        topics.cut(1e-5)
 
 
 # --- streams -------------------------------------------------------------------------------------
@@ -172,8 +174,37 @@ def test_fixed_pieces_read_every_word_once():
 
 @pytest.mark.parametrize("tokens, streams, steps", [(400, 4, 70), (400, 0, 70), (400, 4, 0), (1, 1, 1)])
 def test_too_little_text_is_refused(tokens, streams, steps):
-    with pytest.raises(ValueError, match="take fewer streams or shorter pieces"):
+    with pytest.raises(ValueError, match="take fewer streams or shorter pieces|need 10 or more; or give vary=False"):
         Streams(torch.zeros(tokens, dtype=torch.int64), streams, steps)
+
+
+def test_short_pieces_do_not_vary():
+    """At least 5 words a piece would overrun any text where pieces are as short as that."""
+    with pytest.raises(ValueError, match="steps is 8: pieces of varied length need 10 or more"):
+        Streams(torch.zeros(20_000, dtype=torch.int64), 2, 8)
+    assert len(Streams(torch.zeros(20_000, dtype=torch.int64), 2, 10).lengths()) == 999
+    assert len(Streams(torch.zeros(200, dtype=torch.int64), 2, 8, vary=False)) == 13
+
+
+def test_the_published_decay_changes_no_weight_in_float32():
+    """1 - 6e-9 is 1 in float32: the article's AdamW is Adam without decay, bit for bit."""
+    config = task.config("lstm-adamw", "full")
+    paths = []
+    for decay in (config.weight_decay, 0.0):
+        seed_everything(0)
+        p = torch.nn.Parameter(torch.randn(1000))
+        optimizer = make_optimizer(dataclasses.replace(config, weight_decay=decay), [p])
+        for _ in range(20):
+            p.grad = torch.randn(1000)
+            optimizer.step()
+        paths.append(p.detach())
+    assert torch.equal(*paths)
+
+
+def test_the_timescale_rows_keep_to_the_same_part_of_the_run():
+    decay = {size: task.config("qrnn-adamw-timescale", size).weight_decay for size in ("full", "colab", "laptop")}
+    assert decay == {"full": 0.08, "colab": pytest.approx(0.48), "laptop": pytest.approx(1.8)}
+    assert task.config("lstm-adamw", "colab").weight_decay == 1.2e-6
 
 
 # --- rows ----------------------------------------------------------------------------------------
@@ -283,7 +314,7 @@ def test_samples(topics):
     with torch.no_grad():                                                          # nearly no temperature: the likeliest word
         likeliest = int(model.eval()(topics.vocabulary.encode("the")[:1, None]).logits[-1, 0].argmax())
     assert sample(model, topics.vocabulary, "the", 1, temperature=1e-4) == f"the {topics.vocabulary.words[likeliest]}"
-    for wrong, message in (({"prompt": "zyzzyva"}, "prompt, line 1: the word 'zyzzyva'"), ({"temperature": 0.0}, "temperature is 0.0"),
+    for wrong, message in (({"prompt": "zyzzyva"}, "prompt, line 1: 'zyzzyva'"), ({"temperature": 0.0}, "temperature is 0.0"), ({"prompt": " "}, "the prompt has no word"),
                            ({"vocabulary": Vocabulary(["the", "<eos>"])}, "the model has .* words and the vocabulary 3")):
         arguments = {"vocabulary": topics.vocabulary, "prompt": "the"} | wrong
         with pytest.raises(ValueError, match=message):
