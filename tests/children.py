@@ -5,6 +5,7 @@ process is inherited.
 """
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -19,6 +20,7 @@ PATIENCE = 300                                   # seconds until a child is give
 
 
 def _work(function, args, env, out, err):
+    signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell's background jobs inherit that Ctrl-C is ignored
     for name, value in env.items():
         os.environ.pop(name, None) if value is None else os.environ.update({name: value})
     for number, place in ((1, out), (2, err)):
