@@ -21,7 +21,7 @@ from .experiment import Config, Task, register
 from .files import cached, data_home, download, verify
 from .learner import PRECISIONS, Learner
 from .qrnn import qrnn_layers
-from .schedule import one_cycle_held, values
+from .schedule import one_cycle_held
 
 # %% ../nbs/16-wikitext-2.ipynb #vocabulary
 class Vocabulary:
