@@ -163,13 +163,17 @@ class _Step:
 # %% ../nbs/07-learner.ipynb #hypers
 class _Hypers:
     def set_hypers(self, progress):
-        """Set all scheduled hyper-parameters, in all groups, for a progress in [0, 1]."""
+        """Set all scheduled hyper-parameters, in all groups, for a progress in [0, 1].
+
+        A group's ``lr_scale``, if it has one, multiplies the scheduled ``lr``.
+        """
         groups = self.optimizer.param_groups
         for name, schedule in self.schedules.items():
             value = schedule(progress)
             for group, place in zip(groups, self._places[name]):
-                pair = place == "betas"
-                group[place] = (value, *group["betas"][1:]) if pair else value
+                scaled = place == "lr" and "lr_scale" in group
+                new = value * group["lr_scale"] if scaled else value
+                group[place] = (new, *group["betas"][1:]) if place == "betas" else new
         first = groups[0]
         momentum = first["betas"][0] if "betas" in first else first.get("momentum", 0.0)
         self.trace["lr"].append(float(first["lr"]))
@@ -343,7 +347,8 @@ class Learner(_Loop, _Step, _Hypers, _Evaluation, _Recorder):
         float32 when it is called.
     schedules : dict of str to Schedule, optional
         Hyper-parameter name to a function of progress in [0, 1]; ``momentum`` sets the
-        first of ``betas`` where a group has them.
+        first of ``betas`` where a group has them, and ``lr`` is multiplied by the
+        ``lr_scale`` of a group that holds one.
     callbacks : sequence of Callback
     metrics : dict of str to callable, optional
         ``(outputs, targets) -> 0-d tensor``, the mean over the batch. The
@@ -369,7 +374,7 @@ class Learner(_Loop, _Step, _Hypers, _Evaluation, _Recorder):
         A row an epoch: epoch (from 1), loss, valid_loss, the metrics, lr and momentum
         of its last step, seconds, valid_seconds.
     trace : dict of str to list
-        lr, momentum and loss of every step.
+        lr and momentum of the first group, and the loss, of every step.
 
     Raises
     ------
@@ -385,9 +390,7 @@ class Learner(_Loop, _Step, _Hypers, _Evaluation, _Recorder):
                  precision="fp32", clip_norm=None, channels_last=False, compile=False,
                  progress=None):
         self.device = torch.device(device or default_device())
-        if precision == "auto":
-            precision = best_precision(self.device)
-        self.precision = precision
+        self.precision = best_precision(self.device) if precision == "auto" else precision
         if self.precision not in PRECISIONS:
             raise ValueError(unknown("precision", precision, [*PRECISIONS, "auto"]))
         if clip_norm is not None and not clip_norm > 0:
@@ -404,7 +407,7 @@ class Learner(_Loop, _Step, _Hypers, _Evaluation, _Recorder):
         self.loss_fn = loss_fn
         self.metrics = {"accuracy": accuracy} if metrics is None else metrics
         self.clip_norm, self.channels_last = clip_norm, channels_last
-        fp16 = precision == "fp16"
+        fp16 = self.precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         self.callbacks, self.progress = list(callbacks), Progress(progress)
         self.epoch = self.step = self.epochs = 0

@@ -74,7 +74,7 @@ def sgd_step(p, g, state, *, lr):
     return g
 
 # %% ../nbs/01-sgd.ipynb #check-value
-_BELOW = dict.fromkeys(("lr", "l2", "weight_decay", "eps"), math.inf)
+_BELOW = dict.fromkeys(("lr", "lr_scale", "l2", "weight_decay", "eps"), math.inf)
 _BELOW |= dict.fromkeys(("momentum", "betas"), 1)
 
 
@@ -87,7 +87,7 @@ def _refuse_unknown(where, names, known, also=()):
 def _check_value(where, name, value):
     pair = name == "betas"
     try:
-        numbers = [float(v) for v in (value if pair else [value])]
+        numbers = [float(v * 1.0) for v in (value if pair else [value])]
     except (TypeError, ValueError, RuntimeError):
         numbers = []
     good = [v for v in numbers if 0 <= v < _BELOW[name]]
@@ -122,7 +122,7 @@ def _check_group(where, opt, group):
                              f"{s.skip_at_zero}=0; set {s.skip_at_zero}, or drop it")
 
 # %% ../nbs/01-sgd.ipynb #groups
-_TORCH_KEYS = ("params", "param_names", "name", "initial_lr")  # may stand in any group
+_GROUP_KEYS = ("params", "param_names", "name", "initial_lr", "lr_scale")  # in any group
 
 
 class _Groups(torch.optim.Optimizer):
@@ -142,8 +142,9 @@ class _Groups(torch.optim.Optimizer):
     def add_param_group(self, param_group):
         """Add a group: a dict of "params" and of hyper-parameters of its own."""
         where = f"{type(self).__name__}, group {len(self.param_groups)}"
-        _refuse_unknown(where, param_group, self.hypers, also=_TORCH_KEYS)
+        _refuse_unknown(where, param_group, self.hypers, also=_GROUP_KEYS)
         _check_group(where, self, {**self.defaults, **param_group})
+        _check_value(where, "lr_scale", param_group.get("lr_scale", 1.0))
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict):

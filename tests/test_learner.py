@@ -335,6 +335,32 @@ def test_schedules_reach_every_group():
     assert run.trace["momentum"] == [0.9 - t / 10 for t in (0, 0.25, 0.5, 0.75)]
 
 
+@pytest.mark.parametrize("cls", [SGD, AdamW, torch.optim.SGD, torch.optim.AdamW])
+def test_lr_scale_of_a_group_multiplies_the_scheduled_rate(cls):
+    """And nothing else: not the momentum, nor a rate that no schedule sets."""
+    model, optimizer = two_groups(cls, weight_decay=0.5)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr_scale": 0.0})
+    optimizer.param_groups[1]["lr_scale"] = 0.25
+    hypers = Hypers("lr", "weight_decay", "momentum" if cls in (SGD, torch.optim.SGD) else "betas")
+    options = {"callbacks": [hypers], "device": "cpu", "progress": "silent"}
+    before = [group[hypers.names[2]] for group in optimizer.param_groups]
+    schedules = {"lr": lambda t: 1 - t, "weight_decay": lambda t: t}
+    run = Learner(model, pairs((4, 4)), None, optimizer, schedules=schedules, **options)
+    run.fit(2)
+    assert hypers.seen == [[[scale * (1 - t), t, m] for scale, m in zip((1, 0.25, 0), before)] for t in (0, 0.25, 0.5, 0.75)]
+    assert run.trace["lr"] == [1, 0.75, 0.5, 0.25]
+    Learner(model, pairs((4, 4)), None, optimizer, schedules={"weight_decay": lambda t: t}, **options).fit(1)
+    assert [group[0] for group in hypers.seen[-1]] == [0.25, 0.0625, 0.0]                  # as they were left
+
+
+def test_a_scheduled_value_keeps_its_kind():
+    """A flag stays a flag: only the rate is multiplied, and only where a group says so."""
+    model, optimizer = two_groups(SGD, momentum=0.9)
+    run = Learner(model, pairs(), None, optimizer, schedules={"nesterov": lambda t: t > 0, "lr": lambda t: 1}, device="cpu")
+    run.set_hypers(0.5)
+    assert all(group["nesterov"] is True and type(group["lr"]) is int for group in optimizer.param_groups)
+
+
 def test_momentum_of_sgd_is_scheduled_too():
     model, optimizer = two_groups(SGD, momentum=0.9)
     run = Learner(model, pairs((4, 4)), None, optimizer, schedules=one_cycle(1.0, momentum=(0.9, 0.8), tail=0.2, steps=10),

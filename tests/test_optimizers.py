@@ -251,6 +251,8 @@ def test_bad_hyper_parameters(arguments, error, words):
     ({"lr": -1}, ValueError, ["SGD, group 1: lr=-1"]),
     ({"momentum": 2}, ValueError, ["SGD, group 1: momentum=2"]),
     ({"nesterov": True}, ValueError, ["SGD, group 1: nesterov=True"]),
+    *[({"lr_scale": bad}, ValueError, [f"SGD, group 1: lr_scale={bad!r} must be a number in [0, inf)"])
+      for bad in (-0.5, float("nan"), float("inf"), None, "0.5", (1.0, 2.0), torch.ones(2))],
 ])
 @pytest.mark.parametrize("later", [False, True])
 def test_bad_groups(group, error, words, later):
@@ -261,6 +263,21 @@ def test_bad_groups(group, error, words, later):
         else:
             SGD([first, second], lr=0.1)
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize("scale", [0, 0.0, 0.5, 3, torch.tensor(0.5)])
+def test_a_group_may_hold_a_scale_of_its_rate(scale):
+    """It is kept, goes through a checkpoint, and by itself changes no step: who schedules the rate applies it."""
+    plain, scaled = [SGD([{"params": [torch.nn.Parameter(torch.ones(2))], **more}], lr=0.1) for more in ({}, {"lr_scale": scale})]
+    for opt in (plain, scaled):
+        p = opt.param_groups[0]["params"][0]
+        p.grad = torch.ones(2)
+        opt.step()
+    assert torch.equal(plain.param_groups[0]["params"][0], p) and "lr_scale" not in plain.param_groups[0]
+    plain.load_state_dict(scaled.state_dict())
+    assert plain.param_groups[0]["lr_scale"] == scale
+    with pytest.raises(TypeError, match="lr_scale"):
+        SGD([parameter()], lr=0.1, lr_scale=0.5)                      # of a group, not a hyper-parameter of all
 
 
 def test_lr_may_stand_in_each_group_or_must_not_miss():
