@@ -46,6 +46,13 @@ _NAMES = {
         "accuracy best_precision Callback HOOKS Learner NonFiniteLoss PRECISIONS "
         "Progress tta"
     ),
+    "pictures": (
+        "decode decode_pictures find_pictures IMAGENET_MEAN IMAGENET_STD load_folder "
+        "PictureError Views"
+    ),
+    "fine_tuning": (
+        "fine_tune FineTuneNet pooled_head resnet_groups Stage stage_schedules Stages"
+    ),
     "wide_resnet": "Block GAMMAS wide_resnet_22 WideResNet",
     "awd_lstm": (
         "Carried detached EmbeddingDropout LanguageModel LanguageOutput "

@@ -168,7 +168,7 @@ class Task:
                      dashes=dashes, caption=caption or f"{self.name}, size {size}")
 
 # %% ../nbs/09-experiments.ipynb #register
-TASKS = ("cifar10", "wikitext2")
+TASKS = ("cifar10", "cars", "wikitext2")
 _REGISTERED = {}
 
 
