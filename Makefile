@@ -14,7 +14,7 @@ JOBS ?= 2
 
 unexport IN_TEST           # under it, nbdev exports nothing and says nothing
 
-.PHONY: help install test book bench bench-loops bench-steps bench-qrnn bench-cache cases counterexamples survey export run-notebooks check-notebooks records tables clean
+.PHONY: help install test export run-notebooks check-notebooks records tables book bench bench-loops bench-steps bench-qrnn bench-cache cases bench-decode counterexamples survey clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -66,7 +66,7 @@ $(BENCH_READY): bench/requirements.txt constraints.txt pyproject.toml | $(BIN)/u
 	  -r bench/requirements.txt -e .
 	@touch $@
 
-bench: bench-loops bench-steps bench-qrnn bench-cache  ## all four benchmarks: a record each
+bench: bench-loops bench-steps bench-qrnn bench-cache bench-decode  ## all five benchmarks: a record each
 
 bench-loops: $(BENCH_READY)  ## our loop against others (installs them in .bench-venv)
 	$(BENCH)/bin/python bench/bench.py $(ARGS)
@@ -82,6 +82,9 @@ bench-cache: $(READY)  ## the cache in blocks against a loop over tokens
 
 cases: $(READY)  ## pictures of cars that a row gets right and wrong, for the book
 	$(BIN)/python bench/cases.py $(ARGS)
+
+bench-decode: $(READY)  ## pictures of files to one tensor, with one worker and two
+	$(BIN)/python bench/decode.py $(ARGS)
 
 counterexamples: $(READY)  ## run chapter 4's long simulations again: a record
 	$(BIN)/python bench/counterexamples.py $(ARGS)

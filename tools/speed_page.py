@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""Write book/speed.md, the page of the benchmarks, from book/records/bench and book/records/steps.
+"""Write book/speed.md, the page of the benchmarks, from book/records/bench, book/records/steps and
+book/records/decode.
 
 The newest record of each machine is shown in full, older ones are listed. The page is made by
-`make book` and not committed. bench/bench.py and bench/steps.py make the
-records and say what is in them.
+`make book` and not committed. bench/bench.py, bench/steps.py and
+bench/decode.py make the records and say what is in them.
 """
 import argparse
 import sys
@@ -15,6 +16,7 @@ PAGE = ROOT / "book" / "speed.md"
 sys.path.insert(0, str(ROOT / "bench"))
 
 from bench import epoch_seconds, find, load_records, median, ratios  # noqa: E402
+import decode  # noqa: E402
 import steps  # noqa: E402
 
 GOAL = 1.02                # our Learner over the plain loop, fed alike
@@ -36,6 +38,10 @@ EMPTY = "No benchmark is recorded yet: *not run*.\n"
 STEPS = """## The optimizer's step
 
 `make bench-steps` times AdamW's step alone, on the parameter sets of the book's three tasks, ours by each engine and torch's by each of its implementations, in turns; [chapter 5](../nbs/05-step-speed.ipynb) explains the engines and the floor, and judges the goals. Medians in ms; in brackets the median ratio to torch's fused function in the same round."""
+
+DECODE = """## From files to one tensor
+
+`make bench-decode` times `decode_pictures` of [appendix 7](../nbs/a7-pictures.ipynb) with one worker and with more, in turns, on files that lie in memory: the crops of Stanford Cars, and generated JPEGs of 640 x 480 as a stand-in for its whole pictures. Rates are of the median round. Beside them stands our own processor time, which a busy machine hardly moves."""
 
 
 def table(header, rows):
@@ -186,7 +192,30 @@ def steps_section(records):
     return parts
 
 
-def page(records, of_steps=()):
+def decode_section(records):
+    """The newest record of each machine; what was not run is said."""
+    parts = [DECODE] if records else [DECODE, EMPTY.strip()]
+    header = ["pictures", "kept", "n", "rounds", "workers", "a second", f"minutes for {decode.CARS:,}",
+              "times as fast as one", "processor ms a picture"]
+    for record in records:
+        measured = [case for case in record["cases"] if not case["not_run"]]
+        missing = [f"{case['pictures']}: *not run*, {case['not_run']}." for case in record["cases"] if case["not_run"]]
+        rows = []
+        for case in measured:
+            first = case["contenders"][0]["workers"]
+            for workers in (c["workers"] for c in case["contenders"]):
+                middle, low, high = decode.speedup(case, workers, first)
+                rows.append([f"{case['pictures']}, {case['bytes'] / 1e3:.0f} kB", f"{case['width']} x {case['side']}",
+                             f"{case['n']:,}", case["rounds"], workers, f"{decode.rate(case, workers):.0f}",
+                             f"{decode.minutes(case, workers):.2f}", f"{middle:.2f} ({low:.2f}–{high:.2f})",
+                             f"{decode.cpu_milliseconds(case, workers):.1f}"])
+        goals = [f"{case['pictures']}: {decode.verdict(case)}." for case in measured if decode.verdict(case)]
+        parts += [f"### Decoding on {machine(record)}",
+                  f"{conditions(record, 'decode')} {' '.join(missing)}".strip(), table(header, rows), "\n".join(f"- {g}" for g in goals)]
+    return parts
+
+
+def page(records, of_steps=(), of_decode=()):
     """The whole page as Markdown; records come newest first."""
     parts, older, shown = [HEAD], [], set()
     for record in records:
@@ -201,7 +230,7 @@ def page(records, of_steps=()):
     if not any(found["device"] == "cuda" for record in records for found in record["sets"]):
         parts.append("No benchmark of the loops has seen a GPU so far: *not run*.")
     parts = parts if records else [HEAD, EMPTY.strip()]
-    return "\n\n".join([*parts, *steps_section(of_steps)]).rstrip() + "\n"
+    return "\n\n".join([*parts, *steps_section(of_steps), *decode_section(of_decode)]).rstrip() + "\n"
 
 
 def main():
@@ -211,8 +240,10 @@ def main():
     chosen = parser.parse_args()
     records = load_records(chosen.records)
     of_steps = steps.newest(chosen.records.parent / "steps")
-    chosen.page.write_text(page(records, of_steps), encoding="utf-8")
-    print(f"{chosen.page.name}: {len(records)} benchmarks of loops, {len(of_steps)} of steps")
+    of_decode = decode.newest(chosen.records.parent / "decode")
+    chosen.page.write_text(page(records, of_steps, of_decode), encoding="utf-8")
+    print(f"{chosen.page.name}: {len(records)} benchmarks of loops, {len(of_steps)} of steps, "
+          f"{len(of_decode)} of decoding")
     return 0
 
 
