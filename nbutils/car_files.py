@@ -88,7 +88,7 @@ def _class_names(raw):
         raise ValueError(f"{_META} has {len(names)} class names, not {_CLASSES}")
     return names
 
-
+# %% ../nbs/a9-car-files.ipynb #annotations
 @contextlib.contextmanager
 def _whole(source):
     """Say of an archive that cannot be read to its end what to do with it."""
@@ -198,7 +198,7 @@ def _read_parquet(folder, side, ratio):
         made[f"{split}_y"] = torch.tensor(y)
     return made
 
-
+# %% ../nbs/a9-car-files.ipynb #parquet-pictures
 def _parquet_pictures(split, files):
     rows = (image for file in files
             for batch in file.iter_batches(256, columns=["image"])
@@ -240,23 +240,22 @@ def _fetch_plain(url, path, size=None, timeout=30):
             before = _size(part)
             try:
                 _fetch(url, part, timeout)
-                if size and _size(part) != size:
-                    why = f"it has {_size(part):,} bytes, not {size:,}"
+                if size and (found := _size(part)) != size:
                     part.unlink()
+                    why = f"it has {found:,} bytes, not {size:,}"
                     break
                 os.replace(part, path)
             except (OSError, http.client.HTTPException) as e:
                 if getattr(e, "errno", None) in _DISK:
                     raise
                 why = str(e) or repr(e)
-                if getattr(e, "code", None) == 416 and not anew:
-                    part.unlink()
-                    before, anew = -1, True
                 if isinstance(e, urllib.error.HTTPError):
                     e.close()
+                    if e.code == 416 and not anew:
+                        part.unlink()
+                        before, anew = -1, True
     if not path.exists():
-        known = {"bytes": f"{size:,}"} if size else {"sha256": "is not published"}
-        raise DownloadError(path, {url: why}, known)
+        raise DownloadError(path, {url: why}, {"bytes": size or "not published"})
 
 # %% ../nbs/a9-car-files.ipynb #sources
 def _find(folder):
@@ -283,8 +282,8 @@ def _read_originals(sources, places, side, ratio):
         if path.name in _SHA256:
             verify(path, sha256=_SHA256[path.name])
         if path.name == _ARCHIVE and _size(path) != _ARCHIVE_BYTES:
-            raise ValueError(f"{path} has {_size(path):,} bytes, not {_ARCHIVE_BYTES:,}: "
-                             "delete it and get it anew")
+            raise ValueError(f"{path} has {_size(path):,} bytes, not "
+                             f"{_ARCHIVE_BYTES:,}: delete it and get it anew")
     return _read_archives(sources, _annotations(places), side, ratio)
 
 # %% ../nbs/a9-car-files.ipynb #fetch-any

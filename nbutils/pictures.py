@@ -221,8 +221,7 @@ def _from_labels(root):
     found, missing, seen = {}, {}, set()
     for line, row in enumerate(rows, 2):
         split, name = row["split"], row["file"] or ""
-        if Path(name).suffix.lower() not in _KINDS:
-            name = bare[split].get(name, name)
+        name = name if name in lying[split] else bare[split].get(name, name)
         if path := lying[split].pop(name, None):
             found.setdefault(_SPLITS[split], []).append((path, number[row["class"]]))
         else:

@@ -1,14 +1,25 @@
 """Pictures on the way from a folder to a view: every layout, every fault, and the plain truth."""
 import io
+import json
 import os
+import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from nbutils import pictures
 from nbutils.pictures import (PictureError, Views, _draw, _sample, decode, decode_pictures,
                               find_pictures, load_folder)
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path += [str(ROOT / "bench"), str(ROOT / "tools")]
+
+import decode as bench  # noqa: E402  (bench/decode.py)
+import speed_page  # noqa: E402  (tools/speed_page.py)
 
 GREY = 128
 
@@ -220,8 +231,8 @@ def test_grey_palette_and_alpha():
     hidden = flat.convert("RGBA")
     hidden.putalpha(0)                                       # transparency is dropped
     assert (decode(stored(hidden), 8) == GREY).all()
-    palette = stored(flat.quantize(4), transparency=bytes([0, 255, 255, 255]))
-    assert (decode(palette, 8) == GREY).all()                # and no warning, which would be an error
+    palette = picture().quantize(16)                         # and no warning, which would be an error
+    assert torch.equal(decode(stored(palette, transparency=bytes(range(16))), 8), decode(stored(palette), 8))
 
 
 def test_more_than_eight_bits_are_refused():
@@ -260,8 +271,6 @@ def test_sizes_that_are_refused(side, ratio):
 @pytest.fixture
 def counted(monkeypatch):
     """The number of pictures that were decoded so far, in a list of one."""
-    from nbutils import pictures
-
     count, real = [0], pictures.decode_pictures
 
     def counting(files, *args):
@@ -437,3 +446,80 @@ def test_without_p_nothing_is_zoomed_or_turned():
 def test_settings_that_are_refused(settings):
     with pytest.raises(ValueError, match="give a whole size"):
         Views(**settings)
+
+
+# --- the benchmark and its records -----------------------------------------------------------------
+def test_bench_runs(tmp_path, capsys, monkeypatch):
+    for i in range(3):
+        for split in "train", "test":
+            save(tmp_path / "cars" / split / "ab"[i % 2] / f"{i}.png", picture(30, 30))
+    monkeypatch.setattr(bench, "stand_ins", lambda n: [stored(picture(64, 48)).getvalue()] * n)
+    assert bench.main(["--quick", "--folder", str(tmp_path / "cars"), "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "crops: n = 3" in said and "generated: n = 16" in said and said.count("goal: 16,185 pictures") == 2
+    assert "no record" in said and not (tmp_path / "out").exists()
+    assert bench.main(["--quick", "--folder", str(tmp_path / "nowhere")]) == 0
+    assert "crops: not run: there is no folder nowhere" in capsys.readouterr().out
+
+
+def test_bench_stand_ins_are_jpegs_of_their_size():
+    raw, = bench.stand_ins(1)
+    with Image.open(io.BytesIO(raw)) as image:
+        assert image.format == "JPEG" and image.size == (640, 480)
+    assert 90_000 < len(raw) < 150_000                       # a picture of Stanford Cars has 121 kB on average
+
+
+def test_bench_would_notice_other_work(monkeypatch):
+    calls = []
+
+    def other(files, *args):
+        calls.append(args)
+        return torch.full((len(files), 3, 2, 2), len(calls), dtype=torch.uint8)
+
+    monkeypatch.setattr(pictures, "decode_pictures", other)
+    with pytest.raises(SystemExit, match="2 workers give another tensor: no record"):
+        bench.measure("made", [b"x"], 2, 1.0, bench.arguments(["--quick"]))
+
+
+@pytest.mark.parametrize("wrong", [["--workers", "a"], ["--workers", "0,1"], ["--workers", "2,2"], ["--n", "0"],
+                                   ["--rounds", "0"]])
+def test_bench_refuses(wrong, capsys):
+    with pytest.raises(SystemExit):
+        bench.arguments(wrong)
+    assert wrong[0] in capsys.readouterr().err
+
+
+def test_bench_figures():
+    case = {"n": 100, "contenders": [{"workers": 1, "seconds": [4.0, 2.0, 2.0], "cpu_seconds": [1.0, 2.0, 3.0]},
+                                     {"workers": 2, "seconds": [1.0, 1.0, 4.0], "cpu_seconds": [1.0, 1.0, 1.0]}]}
+    assert bench.rate(case, 1) == 50 and bench.rate(case, 2) == 100
+    assert bench.minutes(case, 2) == pytest.approx(16_185 / 100 / 60)
+    assert bench.speedup(case, 2) == (2, 0.5, 4) and bench.cpu_milliseconds(case, 1) == 20
+    assert "2.70, met" in bench.verdict(case)
+    case["contenders"][1]["seconds"] = [2.0] * 3
+    assert "5.39, missed" in bench.verdict(case)
+
+
+@pytest.mark.parametrize("path", sorted(bench.RECORDS.glob("*.json")), ids=lambda p: p.stem)
+def test_bench_records_are_whole(path):
+    text = path.read_text(encoding="utf-8")
+    record = json.loads(text)
+    assert record["format"] == 1 and record["name"] == path.stem and isinstance(record["load"]["anyway"], bool)
+    assert [case["pictures"] for case in record["cases"]] == [bench.CROPS, bench.STAND_INS]
+    for case in record["cases"]:
+        if not case["not_run"]:
+            assert case["n"] >= 100 and case["rounds"] >= 3 and len(case["contenders"]) >= 2
+            for c in case["contenders"]:
+                assert len(c["seconds"]) == len(c["cpu_seconds"]) == case["rounds"] and min(c["seconds"]) > 0
+    assert not re.search(r"/(home|root|tmp|work)/", text)
+
+
+def test_there_is_a_record_and_the_page_shows_it():
+    records = bench.newest()
+    assert records, "make bench-decode writes one"
+    text = "\n\n".join(speed_page.decode_section(records))
+    for case in records[0]["cases"]:
+        assert case["not_run"] or f"| {bench.rate(case, 2):.0f} |" in text
+    assert "*not run*" in "\n".join(speed_page.decode_section([]))
+    if records[0]["load"]["anyway"]:
+        assert "not quiet" in text
