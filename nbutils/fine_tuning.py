@@ -207,6 +207,8 @@ class Stages(Callback):
         if learner.epochs != self.begins[-1]:
             raise ValueError(f"the stages have {self.begins[-1]} epochs in all, and this "
                              f"fit {learner.epochs}: call fit({self.begins[-1]})")
+        for stage in self.stages:
+            learner.model.freeze(stage.frozen)       # a wrong number is refused now
 
     def before_epoch(self, learner):
         stage = bisect.bisect_right(self.begins, learner.epoch) - 1
