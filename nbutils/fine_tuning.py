@@ -57,6 +57,8 @@ class FineTuneNet(nn.Module):
         self.frozen = groups
         for i, group in enumerate(self.groups):
             _ = group.requires_grad_(i >= groups)
+            if i < groups:
+                group.zero_grad(set_to_none=True)    # an optimizer skips what has none
         self.train(self.training)
 
     def train(self, mode=True):
