@@ -160,12 +160,15 @@ def resnet_groups(net, classes, **head):
     Raises
     ------
     TypeError
-        For a net that is not built like a ResNet.
+        For a net that is not built like a ResNet, or whose last layer was changed.
     """
     names = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4", "fc")
     if missing := [name for name in names if not hasattr(net, name)]:
         raise TypeError(f"{type(net).__name__} has no {', '.join(missing)}: it is no ResNet "
                         "of torchvision; cut it by hand into FineTuneNet(group, …, head)")
+    if not isinstance(net.fc, nn.Linear):
+        raise TypeError(f"the net's fc is a {type(net.fc).__name__}, not its linear layer: "
+                        "give the net as torchvision makes it")
     body = [getattr(net, name) for name in names[:-1]]
     return FineTuneNet(nn.Sequential(*body[:6]), nn.Sequential(*body[6:]),
                        pooled_head(net.fc.in_features, classes, **head))
