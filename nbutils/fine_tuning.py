@@ -273,7 +273,12 @@ def fine_tune(net, train, valid, *, epochs=(3, 5), lr=(1e-2, 3e-3), divide=(9, 3
         What each group's rate is divided by.
     size : int
         Of the views that the net sees.
-    batch_size, seed : int
+    batch_size : int
+        2 or more. A last batch of one picture is left out, since the head's batch
+        normalizations cannot learn from it; each epoch leaves out another one.
+    seed : int
+        Of the batches' order and their views. The head's weights and its dropout are
+        drawn from torch's generator: :func:`nbutils.core.seed_everything` before.
     weight_decay : float
     **options
         For :class:`nbutils.learner.Learner`.
@@ -286,7 +291,8 @@ def fine_tune(net, train, valid, *, epochs=(3, 5), lr=(1e-2, 3e-3), divide=(9, 3
     if not isinstance(net, FineTuneNet):
         net = resnet_groups(net, len(train.classes))
     look = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "channels_last": True}
-    batches = Batches(train, batch_size, shuffle=True, augment=Views(size), seed=seed, **look)
+    batches = Batches(train, batch_size, shuffle=True, augment=Views(size), seed=seed,
+                      drop_last=len(train) % batch_size == 1, **look)   # no norm of one
     stages = [Stage(epochs[0], lr[0], len(net.groups) - 1), Stage(epochs[1], lr[1])]
     device = options.setdefault("device", train.x.device)
     return Learner(
