@@ -331,7 +331,7 @@ def test_a_first_step_of_adam_is_as_long_as_the_rate():
     net = small_net().double()
     net.eval()                                           # no dropout
     before = copy.deepcopy(net)
-    optimizer = AdamW(net.param_groups((9, 3, 1)), lr=1.0, weight_decay=0.0, eps=0.0)
+    optimizer = AdamW(net.param_groups((9, 3, 1)), lr=1.0, weight_decay=0.0, eps=1e-30)
     for group in optimizer.param_groups:
         group["lr"] = 0.09 * group["lr_scale"]
     steps(net, 1, optimizer, [(torch.randn(9, 3, 12, 12).double(), torch.arange(9) % 3)])
