@@ -16,7 +16,7 @@ LAYERS = [
     {"core"}, {"files", "records"}, {"optimizer"}, {"momentum"}, {"adam"}, {"amsgrad"},
     {"schedule", "data", "engines", "conformance"}, {"kernel"}, {"learner"},
     {"wide_resnet", "awd_lstm", "qrnn", "cache_pointer"},
-    {"pictures"}, {"car_files", "fine_tuning"}, {"experiment"}, {"cifar10", "cars", "wikitext2"}, {"command"},
+    {"pictures"}, {"car_files", "fine_tuning"}, {"experiment"}, {"checks"}, {"cifar10", "cars", "wikitext2"}, {"command"},
 ]
 TASKS = LAYERS[-2] | {"command"}
 MODELS = {"wide_resnet", "awd_lstm", "qrnn", "cache_pointer"}
