@@ -14,7 +14,7 @@ JOBS ?= 2
 
 unexport IN_TEST           # under it, nbdev exports nothing and says nothing
 
-.PHONY: help install test book bench bench-loops bench-steps bench-qrnn bench-cache counterexamples survey export run-notebooks check-notebooks records tables verify linkcheck probe dist clean
+.PHONY: help install test book bench bench-loops bench-steps bench-qrnn bench-cache counterexamples survey export run-notebooks check-notebooks records tables verify linkcheck probe dist release clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -73,6 +73,11 @@ probe: $(READY)  ## ask the addresses of the data sets, without fetching them
 dist: $(READY)  ## build the wheel and the source archive into dist/
 	rm -rf dist
 	$(BIN)/uv build --out-dir dist .
+
+release: book dist  ## dist/ with wheel, source archive and the zipped site, for TAG=v0.1.0
+	@version=$$($(BIN)/python -c 'import tomllib; print(tomllib.load(open("pyproject.toml", "rb"))["project"]["version"])'); \
+	  test "$(TAG)" = "v$$version" || { echo "TAG is '$(TAG)', and pyproject.toml says v$$version"; exit 1; }
+	$(BIN)/python -c 'import shutil; shutil.make_archive("dist/weighing-adam-site", "zip", "$(SITE)")'
 
 $(BENCH_READY): bench/requirements.txt constraints.txt pyproject.toml | $(BIN)/uv
 	test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
