@@ -88,17 +88,17 @@ def test_todo_lines_that_a_shell_can_run(home, capsys):
     assert capsys.readouterr().out.splitlines()[0].split()[-1] == "2"
 
 
-ROWS = ("sgd-30", "adamw-18", "adam-l2-18")
+ROWS = ("adamw-18", "adam-l2-18")
 
 
 def test_two_processes_at_once(home):
-    """Shares of one grid in one folder: all six records are there, each made by one process only, and each is sound."""
+    """Shares of one grid in one folder: all records are there, each made by one process only, and each is sound."""
     words = ["run", "cifar10", *ROWS, "--size", "smoke", "--seeds", "0-1", "--device", "cpu"]
     with start(home, *words, "--shard", "1/2") as one, start(home, *words, "--shard", "2/2") as two:
         assert (one.wait(), one.err) == (0, "") and (two.wait(), two.err) == (0, "")
         first, second = ([line.split(":")[0] for line in child.out.splitlines()] for child in (one, two))
     cells = [f"cifar10 {row} (smoke), seed {seed}" for seed in (0, 1) for row in ROWS]
-    assert len(first) == len(second) == 3 and first == cells[::2] and second == cells[1::2]
+    assert len(first) == len(second) == 2 and first == cells[::2] and second == cells[1::2]
     paths = sorted((home / "records").rglob("*"))
     files = [p.relative_to(home / "records").as_posix() for p in paths if p.is_file()]
     assert files == sorted(f"cifar10/smoke/{row}/{seed}.json" for row in ROWS for seed in (0, 1))

@@ -21,7 +21,8 @@ RECORD = "records/cifar10/smoke/adamw-18/0.json"
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("wheel", type=Path)
-    parser.add_argument("--installer", nargs="+", help="how to install, such as: uv pip install --python {python}")
+    parser.add_argument("--installer", default="{python} -m pip install --quiet",
+                        help="how to install, such as 'uv pip install --python {python}'")
     chosen = parser.parse_args()
     wheel = chosen.wheel.resolve(strict=True)
     with tempfile.TemporaryDirectory() as name:
@@ -34,7 +35,7 @@ def main():
 
         run(sys.executable, "-m", "venv", "env")
         python, command = home / "env/bin/python", home / "env/bin/nbutils"
-        install = [w.format(python=python) for w in chosen.installer or ["{python}", "-m", "pip", "install", "--quiet"]]
+        install = [word.format(python=python) for word in chosen.installer.split()]
         run(*install, wheel)
         found = run(python, "-c", LOOK, stdout=subprocess.PIPE).stdout.strip()
         if not Path(found).is_relative_to(home):
