@@ -14,7 +14,7 @@ JOBS ?= 2
 
 unexport IN_TEST           # under it, nbdev exports nothing and says nothing
 
-.PHONY: help install test book bench bench-loops bench-steps bench-qrnn bench-cache counterexamples survey export run-notebooks check-notebooks records tables verify linkcheck probe dist release clean
+.PHONY: help install test book bench bench-loops bench-steps bench-qrnn bench-cache cases counterexamples survey export run-notebooks check-notebooks records tables verify linkcheck probe dist release clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -98,6 +98,9 @@ bench-qrnn: $(READY)  ## the QRNN's recurrence as a loop, a scan and a kernel
 
 bench-cache: $(READY)  ## the cache in blocks against a loop over tokens
 	$(BIN)/python bench/cache.py $(ARGS)
+
+cases: $(READY)  ## pictures of cars that a row gets right and wrong, for the book
+	$(BIN)/python bench/cases.py $(ARGS)
 
 counterexamples: $(READY)  ## run chapter 4's long simulations again: a record
 	$(BIN)/python bench/counterexamples.py $(ARGS)

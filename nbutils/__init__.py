@@ -19,7 +19,7 @@ _NAMES = {
     "files": "cached ChecksumError data_home download DownloadError members verify",
     "records": (
         "Cell code_state config_hash describe_device Interval mean_interval "
-        "read_record read_records Record Table table versions write_record"
+        "paired read_record read_records Record Table table versions write_record"
     ),
     "optimizer": (
         "check_same_path ENGINES l2 NonFiniteError Optimizer REQUIRED sgd_step stepper "

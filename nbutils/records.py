@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Record', 'config_hash', 'write_record', 'read_record', 'read_records', 'describe_device', 'versions', 'code_state',
-           'Interval', 'mean_interval', 'Cell', 'Table', 'table']
+           'Interval', 'mean_interval', 'paired', 'Cell', 'Table', 'table']
 
 # %% ../nbs/a3-records.ipynb #imports
 import contextlib
@@ -294,6 +294,11 @@ class Interval:
     half: float
     n: int
 
+    @property
+    def known(self):
+        """Whether the interval leaves out zero, so that the sign of the mean is known."""
+        return abs(self.mean) > self.half
+
     def format(self, digits=2):
         """Write mean ± half width, or the mean alone when n is 1."""
         return f"{self.mean:.{digits}f}" + (
@@ -328,6 +333,28 @@ def mean_interval(values):
         return Interval(mean, math.nan, 1)
     spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
     return Interval(mean, _T95[min(n, 30) - 2] * spread / math.sqrt(n), n)
+
+# %% ../nbs/a3-records.ipynb #paired
+def paired(records, row, other, metric):
+    """Return the mean difference of a metric, ``row`` less ``other``, over common seeds.
+
+    Parameters
+    ----------
+    records : sequence of Record
+        Of one task and size.
+    row, other : str
+    metric : str
+        A name in the records' ``metrics``.
+
+    Returns
+    -------
+    Interval or None
+        With n pairs; None where no seed is in both rows.
+    """
+    mine, theirs = ({r.seed: r.metrics[metric] for r in records if r.row == name}
+                    for name in (row, other))
+    gaps = [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
+    return mean_interval(gaps) if gaps else None
 
 # %% ../nbs/a3-records.ipynb #cell
 @dataclass(frozen=True)

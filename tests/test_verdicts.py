@@ -1,0 +1,196 @@
+"""The rules of the ledger on made figures, the claims against the article's list, and the ledger against its records."""
+import json
+import math
+import re
+
+import pytest
+import torch
+
+from nbutils import verdicts
+from nbutils.experiment import get_task
+from nbutils.records import Interval, mean_interval
+from nbutils.verdicts import CLAIMS, LEAST, VERDICTS, Claim, Finding, absence, agreement, difference, gap_agreement, share, share_interval
+
+HALF = 4.302652730 * 1 / math.sqrt(3)                      # of three values with standard deviation 1: 2.484
+
+
+# --- rules ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("published, better, verdict", [
+    (10.0, "lower", "held"), (10 + 0.99 * HALF, "lower", "held"), (10 - 0.99 * HALF, "lower", "held"),
+    (10 - 1.01 * HALF, "lower", "failed"), (10 + 1.01 * HALF, "lower", "held"),          # ours is better
+    (10 - 1.01 * HALF, "higher", "held"), (10 + 1.01 * HALF, "higher", "failed")])
+def test_agreement(published, better, verdict):
+    found = agreement([9.0, 10.0, 11.0], published, better=better)
+    assert (found.verdict, found.n) == (verdict, 3)
+    assert found.figure == "10.00 ± 2.48 %"
+
+
+@pytest.mark.parametrize("rule", [lambda n: agreement([1.0] * n, 1.0), lambda n: share([True] * n, 0.5),
+                                  lambda n: difference(Interval(-1.0, 0.1, n)), lambda n: gap_agreement(Interval(-1.0, 0.1, n), -1.0),
+                                  lambda n: absence({"a": Interval(1.0, 0.1, n)})],
+                         ids=["agreement", "share", "difference", "gap_agreement", "absence"])
+def test_fewer_than_three_say_nothing(rule):
+    assert LEAST == 3
+    assert [rule(n).verdict for n in (1, 2)] == ["not run"] * 2 and rule(3).verdict == "held"
+    assert rule(2).n == 2 and "2" in rule(2).figure
+
+
+def test_nothing_at_all_says_nothing():
+    for found in (agreement([], 1.0), share([], 0.5), difference(None), gap_agreement(None, 1.0), absence({}), absence({"a": None})):
+        assert found == Finding("", 0, "not run")
+
+
+@pytest.mark.parametrize("mean, verdict", [(-1.0, "held"), (1.0, "failed"), (-0.4, "weaker"), (0.4, "weaker")])
+def test_difference(mean, verdict):
+    found = difference(Interval(mean, 0.5, 5), scale=100)
+    assert found.verdict == verdict and found.figure == f"{100 * mean:+.2f} ± 50.00 points"
+
+
+@pytest.mark.parametrize("mean, half, published, verdict", [
+    (0.02, 0.27, 0.65, "failed"), (0.5, 0.2, 0.65, "held"), (0.3, 0.2, 0.65, "weaker"), (-0.3, 0.2, 0.65, "failed"),
+    (0.1, 0.2, 0.25, "held"), (1.2, 0.2, 0.65, "weaker")])
+def test_published_gap(mean, half, published, verdict):
+    assert gap_agreement(Interval(mean / 100, half / 100, 5), published, scale=100).verdict == verdict
+
+
+@pytest.mark.parametrize("k, n, low, high", [(0, 3, 0.0, 0.7076), (1, 5, 0.0051, 0.7164), (5, 5, 0.4782, 1.0), (7, 20, 0.1539, 0.5922)])
+def test_clopper_pearson(k, n, low, high):
+    assert share_interval(k, n) == pytest.approx((low, high), abs=1e-4)
+
+
+@pytest.mark.parametrize("k, n", [(-1, 3), (4, 3), (0, 0)])
+def test_impossible_shares_are_refused(k, n):
+    with pytest.raises(ValueError, match="give 0 <= k <= n"):
+        share_interval(k, n)
+
+
+@pytest.mark.parametrize("k, n, claimed, verdict", [(5, 5, 1.0, "held"), (1, 5, 0.5, "held"), (0, 3, 0.05, "held"), (1, 20, 0.5, "failed"),
+                                                    (19, 20, 0.5, "held"), (4, 5, 1.0, "failed")])
+def test_share(k, n, claimed, verdict):
+    assert share([True] * k + [False] * (n - k), claimed).verdict == verdict
+
+
+def test_never_falls_with_one_counter_example():
+    still = {str(i): Interval(0.0, 0.1, 5) for i in range(9)}
+    assert absence(still).verdict == "held"
+    assert absence(still | {"helps": Interval(-1.0, 0.1, 5)}).verdict == "failed"
+    assert "helps" in absence(still | {"helps": Interval(-1.0, 0.1, 5)}).figure
+    assert absence(still | {"harms": Interval(1.0, 0.1, 5)}).verdict == "held"
+    assert absence(still | {"two": Interval(-9.0, 0.1, 2)}).verdict == "held"            # two pairs say nothing
+
+
+def test_never_is_widened_for_the_number_of_comparisons():
+    edge = {"a": Interval(-1.0, 0.9, 5)}                                                  # alone its sign is known
+    assert absence(edge).verdict == "failed"
+    assert absence(edge | {str(i): Interval(0.0, 0.1, 5) for i in range(9)}).verdict == "held"
+
+
+def test_false_alarms_of_never_are_rare():
+    """Of 400 worlds in which nothing ever helps, with eight comparisons each, about one in forty is judged wrongly (one side)."""
+    draws = torch.randn(400, 8, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    alarms = sum(absence({str(i): mean_interval(v) for i, v in enumerate(world)}).verdict == "failed" for world in draws.tolist())
+    assert 2 <= alarms <= 20
+
+
+def test_a_verdict_is_one_of_four():
+    assert VERDICTS == ("held", "weaker", "failed", "not run")
+    with pytest.raises(ValueError, match="give one of"):
+        Finding("", 1, "undecided")
+
+
+# --- computed claims can fail ----------------------------------------------------------------------
+def test_computed_claims_hold():
+    for claim in CLAIMS:
+        if not claim.size:
+            assert claim.judge().verdict == "held", claim.name
+
+
+@pytest.mark.parametrize("judge, name, wrong", [
+    ("_sgd_same", "SGD", lambda p, l2=0.0, weight_decay=0.0, **h: torch.optim.SGD(p, weight_decay=l2 + 1.001 * weight_decay, **h)),
+    ("_adam_differs", "Adam", lambda p, l2=0.0, **h: verdicts.AdamW(p, weight_decay=l2, **h)),
+    ("_adam_differs", "AdamW", lambda p, weight_decay=0.0, **h: verdicts.Adam(p, l2=weight_decay, **h)),
+    ("_momentum_differs", "SGD", lambda p, l2=0.0, weight_decay=0.0, **h: torch.optim.SGD(p, weight_decay=l2 + weight_decay, **h))],
+    ids=["sgd", "adam-l2-as-decay", "adamw-as-l2", "momentum-l2-alone"])
+def test_computed_claims_fail_with_another_optimizer(monkeypatch, judge, name, wrong):
+    monkeypatch.setattr(verdicts, name, wrong)
+    assert getattr(verdicts, judge)().verdict == "failed"
+
+
+def test_proof_fails_if_amsgrad_does(monkeypatch):
+    monkeypatch.setattr(verdicts, "counterexample", lambda variant, steps, **more: {"x": [1.0]})
+    assert verdicts._amsgrad_proof().verdict == "failed"
+
+
+# --- claims and ledger -----------------------------------------------------------------------------
+ARTICLE = ("sgd-same momentum-differs adam-differs adamw-30 adam-l2-30 adamw-18-tta adam-18-tta sgd-30 super-convergence beta2 "
+           "beta1-cycle wd-scale wd-not-always amsgrad-noise adam-vs-sgd cars-60 lm-90 amsgrad-proof").split()
+
+
+def test_every_claim_of_the_article_has_a_line():
+    names = [claim.name for claim in CLAIMS]
+    assert set(ARTICLE) <= set(names) and len(set(names)) == len(names)
+    assert all(re.search(r"[.)]$", claim.says) for claim in CLAIMS)
+
+
+def test_links_lead_to_rows_or_chapters():
+    from pathlib import Path
+
+    chapters = {p.stem for p in (Path(__file__).resolve().parent.parent / "nbs").glob("*.ipynb")}
+    for claim in CLAIMS:
+        task, _, rest = claim.link.partition("-")
+        if task in ("cifar10", "cars", "wikitext2"):
+            size, _, row = rest.partition("-")
+            assert get_task(task).config(row, size) and size == claim.size
+        else:
+            assert claim.link in chapters, claim.link
+
+
+def test_without_records_nothing_is_judged(monkeypatch, tmp_path):
+    monkeypatch.setenv("NBUTILS_RECORDS", str(tmp_path))
+    for claim, found in verdicts.ledger():
+        assert found.verdict == ("not run" if claim.size else "held"), claim.name
+
+
+@pytest.fixture
+def made(monkeypatch, tmp_path):
+    """A folder of records of AdamW with made errors."""
+    monkeypatch.setenv("NBUTILS_RECORDS", str(tmp_path))
+    real = next(iter(sorted((verdicts_records()).glob("cifar10/full/adamw-30/*.json"))))
+
+    def write(errors):
+        for seed, error in enumerate(errors):
+            record = json.loads(real.read_text())
+            record |= {"seed": seed}
+            record["metrics"]["error"] = error / 100
+            path = tmp_path / "cifar10" / "full" / "adamw-30" / f"{seed}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(record))
+        return {claim.name: found for claim, found in verdicts.ledger()}
+    return write
+
+
+def verdicts_records():
+    from pathlib import Path
+
+    return Path(__file__).resolve().parent.parent / "book" / "records"
+
+
+def test_ledger_follows_its_records(made):
+    good = made([5.6, 5.7, 5.8, 5.9, 5.5])
+    assert good["adamw-30"].verdict == good["adamw-30-mean"].verdict == "held"
+    assert good["adamw-30-mean"].figure == "5.70 ± 0.20 %"
+    bad = made([6.6, 6.7, 6.8, 6.9, 6.5])
+    assert bad["adamw-30"].verdict == bad["adamw-30-mean"].verdict == "failed"
+    assert bad["adamw-30"].figure.startswith("0 of 5")
+
+
+def test_table_and_tally(made):
+    made([5.6, 5.7, 5.8])
+    lines = verdicts.ledger()
+    table, counts = verdicts.ledger_table(lines), verdicts.tally(lines)
+    assert len(table.rows) == len(CLAIMS) == sum(counts.values()) and list(counts) == list(VERDICTS)
+    row = next(row for row in table.rows if row[0].text.startswith("Its mean error is 5.66"))
+    assert [c.text for c in row[1:]] == ["full", "5.70 ± 0.25 %", "3", "held"]
+    assert row[2].link == "../book/runs.html#cifar10-full-adamw-30"
+    assert table.rows[0][2].link == "01-sgd.html"
+    assert isinstance(lines[0][0], Claim)
