@@ -14,7 +14,7 @@ JOBS ?= 2
 
 unexport IN_TEST           # under it, nbdev exports nothing and says nothing
 
-.PHONY: help install test export run-notebooks check-notebooks records tables book bench bench-loops bench-steps bench-qrnn bench-cache cases bench-decode counterexamples survey clean
+.PHONY: help install test export run-notebooks check-notebooks records tables verify book linkcheck probe dist release bench bench-loops bench-steps bench-qrnn bench-cache cases bench-decode counterexamples survey clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -52,13 +52,32 @@ records: $(READY)  ## write the pages of runs and speed from book/records
 tables: $(READY)  ## bring README's tables up to the records
 	$(BIN)/python tools/readme_tables.py
 
-book: export records  ## build the book; warnings are errors
+verify: $(READY)  ## check every record, and every table cell against the records
+	$(BIN)/python tools/verify_records.py $(ARGS)
+
+book: export verify records  ## build the book; warnings are errors
 	$(BIN)/jupyter-book build . --all -W -n --keep-going
 	@mkdir -p book/records; rm -rf $(SITE)/records
 	cp -R book/records $(SITE)/records
 	$(BIN)/python tools/check_site.py $(SITE)
+	$(BIN)/python tools/verify_records.py --site $(SITE)
 	@echo
 	@echo "The book: file://$(CURDIR)/$(SITE)/index.html"
+
+linkcheck: $(READY) records  ## ask every address that the pages name (needs the network)
+	$(BIN)/jupyter-book build . --all --builder linkcheck
+
+probe: $(READY)  ## ask the addresses of the data sets, without fetching them
+	$(BIN)/python tools/probe_addresses.py $(ARGS)
+
+dist: $(READY)  ## build the wheel and the source archive into dist/
+	rm -rf dist
+	$(BIN)/uv build --out-dir dist .
+
+release: book dist  ## dist/ with wheel, source archive and the zipped site, for TAG=v0.1.0
+	@version=$$($(BIN)/python -c 'import tomllib; print(tomllib.load(open("pyproject.toml", "rb"))["project"]["version"])'); \
+	  test "$(TAG)" = "v$$version" || { echo "TAG is '$(TAG)', and pyproject.toml says v$$version"; exit 1; }
+	$(BIN)/python -c 'import shutil; shutil.make_archive("dist/weighing-adam-site", "zip", "$(SITE)")'
 
 $(BENCH_READY): bench/requirements.txt constraints.txt pyproject.toml | $(BIN)/uv
 	test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
@@ -99,6 +118,6 @@ survey: $(SURVEY_READY)  ## whose conventions do other libraries' optimizers fol
 	$(SURVEY)/bin/python bench/survey.py $(ARGS)
 
 clean:  ## remove what was built; environments and data stay
-	rm -rf _build .pytest_cache book/runs.md book/speed.md
+	rm -rf _build build dist .pytest_cache book/runs.md book/speed.md
 	find nbs nbutils tests tools bench book -name __pycache__ -prune -exec rm -rf {} +
 	find nbs -name .ipynb_checkpoints -prune -exec rm -rf {} +

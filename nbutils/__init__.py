@@ -68,6 +68,7 @@ _NAMES = {
         "CellBusy Checkpoint Config get_task records_folder register Reseed run "
         "runs_folder SIZES Task TASKS thin"
     ),
+    "checks": "check_record Verdict",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = sorted(_HOME)

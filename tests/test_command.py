@@ -300,7 +300,7 @@ def test_help(capsys):
         return " ".join(capsys.readouterr().out.split())
 
     top = shown()
-    for command in ("data", "run", "todo", "table", "status"):
+    for command in ("data", "run", "todo", "check", "table", "status"):
         assert re.search(rf"\b{command}\b", top)
         assert shown(command).startswith(f"usage: nbutils {command}")
     text = shown("run")

@@ -16,7 +16,8 @@ LAYERS = [
     {"core"}, {"files", "records"}, {"optimizer"}, {"momentum"}, {"adam"}, {"amsgrad"},
     {"schedule", "data", "engines", "conformance"}, {"kernel"}, {"learner"},
     {"wide_resnet", "awd_lstm", "qrnn", "cache_pointer"},
-    {"pictures"}, {"car_files", "fine_tuning"}, {"experiment"}, {"cifar10", "cars", "wikitext2"}, {"verdicts"}, {"command"},
+    {"pictures"}, {"car_files", "fine_tuning"}, {"experiment"}, {"checks"}, {"cifar10", "cars", "wikitext2"}, {"verdicts"},
+    {"command"},
 ]
 TASKS = {"cifar10", "cars", "wikitext2", "verdicts", "command"}
 MODELS = {"wide_resnet", "awd_lstm", "qrnn", "cache_pointer"}

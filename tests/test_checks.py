@@ -1,0 +1,169 @@
+"""Lies in records: each is caught, and named, and a sound record counts."""
+import copy
+import json
+import math
+
+import pytest
+from sound_records import sound, write
+
+from nbutils.checks import check_record
+from nbutils.command import main
+from nbutils.experiment import SIZES, TASKS, get_task
+from nbutils.records import config_hash, read_record
+
+
+def every_cell():
+    return [(name, c.row, c.size) for name in TASKS for c in get_task(name).configs]
+
+
+def test_every_row_can_have_a_sound_record(tmp_path):
+    """A check that a true run of some row would fail is no check; smoke rows are run for true in test_shards."""
+    cells = every_cell()
+    assert {name for name, *_ in cells} == set(TASKS) and {size for *_, size in cells} == set(SIZES)
+    for name, row, size in cells:
+        path = write(tmp_path, sound(name, row, size, 3))
+        verdict = check_record(path, tmp_path)
+        assert verdict.counts and str(verdict) == f"{path}: this record counts for {name} {row} ({size}), seed 3"
+        assert read_record(path) == verdict.record
+
+
+def edited(change):
+    fields = copy.deepcopy(sound(seed=7))
+    change(fields)
+    return fields
+
+
+def set_in(*path, to):
+    def change(fields):
+        for key in path[:-1]:
+            fields = fields[key]
+        fields[path[-1]] = to
+    return change
+
+
+def rehash(fields):
+    fields["config_hash"] = config_hash(fields["config"])
+
+
+def settings_changed_with_their_hash(fields):
+    fields["config"]["lr"] = 0.01
+    rehash(fields)
+
+
+LIES = {
+    "a better error": (set_in("metrics", "error", to=0.02), "metrics.error is 0.02, and after the last epoch it was 0.05"),
+    "an error in per cent": (set_in("metrics", "error", to=5.66), "metrics.error is 5.66, not from 0 to 1"),
+    "a better loss": (set_in("metrics", "loss", to=0.01), "metrics.loss is 0.01, and after the last epoch"),
+    "an error as text": (set_in("metrics", "error", to="0.05"), "metrics.error is '0.05', not a number"),
+    "a figure less": (lambda f: f["metrics"].pop("loss"), "metrics.loss is missing, and its row measures it"),
+    "a NaN": (set_in("metrics", "loss", to=math.nan), "metrics.loss is nan"),
+    "an infinity in the history": (set_in("history", 3, "loss", to=math.inf), "history[3].loss is inf"),
+    "settings without their hash": (set_in("config", "lr", to=0.01), "the settings hash to"),
+    "settings with their hash": (settings_changed_with_their_hash, "the learning rate of the curve peaks at 0.003, that of the settings at 0.01"),
+    "a truncated history": (lambda f: f["history"].pop(), "the history has 29 epochs, and the settings ask for 30"),
+    "an epoch twice": (lambda f: f["history"].insert(4, f["history"].pop(3)), "history[3].epoch is 5, not 4"),
+    "an epoch without its loss": (lambda f: f["history"][2].pop("loss"), "history[2] lacks one of"),
+    "text in the history": (set_in("history", 2, "loss", to="low"), "history[2] has an entry that is no number"),
+    "no history": (set_in("history", to=[]), "the history has 0 epochs"),
+    "an epoch in no time": (set_in("history", 0, "seconds", to=0.0), "history[0] took no time"),
+    "fewer seconds": (set_in("seconds", to=12.0), "seconds is 12.0, and the epochs took 330.0"),
+    "an uneven curve": (lambda f: f["curve"]["lr"].pop(), "curve does not have step, loss, lr and momentum"),
+    "a curve that goes back": (set_in("curve", "step", to=[0, 2, 1]), "curve.step does not rise from 0"),
+    "another momentum": (set_in("curve", "momentum", 0, to=0.99), "the momentum of the curve goes from 0.85 to 0.99"),
+    "another row": (set_in("row", to="sgd-30"), "row is 'sgd-30', but its settings say 'adamw-30'"),
+    "a row that leaves the folder": (lambda f: (f.update(row="../../x"), f["config"].update(row="../../x"), rehash(f)), "no name of a folder"),
+    "another size": (set_in("size", to="colab"), "size is 'colab', but its settings say 'full'"),
+    "an unknown task": (lambda f: (f.update(task="cifar11"), f["config"].update(task="cifar11"), rehash(f)), "unknown task 'cifar11'"),
+    "a seed that is a truth value": (set_in("seed", to=True), "seed is True, where int is expected"),
+    "a negative seed": (set_in("seed", to=-1), "seed -1"),
+    "a field less": (lambda f: f.pop("device"), "the field device is missing"),
+    "a field more": (set_in("note", to="trust me"), "the field note is unknown"),
+    "an empty device": (set_in("device", to=" "), "device is empty"),
+    "versions without torch": (lambda f: f["versions"].pop("torch"), "versions.torch is missing"),
+    "a precision that does not exist": (set_in("precision", to="fp8"), "precision is 'fp8'"),
+    "a commit that is none": (set_in("commit", to="main"), "commit is 'main', not 40 hexadecimal digits"),
+    "a code hash that is none": (set_in("code_hash", to="?"), "code_hash is '?'"),
+    "a start to come": (set_in("started", to="2999-01-01T00:00:00+00:00"), "started is 2999-01-01T00:00:00+00:00, which is still to come"),
+    "a start without a zone": (set_in("started", to="2026-11-26T10:00:00"), "not a time with its zone"),
+    "a start that is no time": (set_in("started", to="yesterday"), "not a time with its zone"),
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_lie(name, tmp_path):
+    change, said = LIES[name]
+    path = write(tmp_path, edited(change), name="sent.json")
+    verdict = check_record(path)
+    assert not verdict.counts and any(said in p for p in verdict.problems), verdict
+    assert str(verdict).endswith("Send the file as the run wrote it, or run the cell again.")
+
+
+@pytest.mark.parametrize("text, said", [
+    ("{", "not JSON"), ("[]", "a JSON object was expected"), ("null", "a JSON object was expected"), ("{}", "the field task is missing")])
+def test_no_record(text, said, tmp_path):
+    path = tmp_path / "7.json"
+    path.write_text(text)
+    assert any(said in p for p in check_record(path).problems)
+    path.write_bytes(b"\xff\xfe")
+    assert "not JSON" in check_record(path).problems[0]
+    assert "cannot be read: No such file" in check_record(tmp_path / "8.json").problems[0]
+
+
+def test_perplexity_that_its_history_denies(tmp_path):
+    fields = sound("wikitext2", "lstm-adam", "laptop")
+    fields["metrics"]["valid"] *= 0.8
+    (problem,) = check_record(write(tmp_path, fields)).problems
+    assert problem.startswith("metrics.valid is ") and "after the last epoch it was" in problem
+
+
+def test_stale_is_no_lie(tmp_path):
+    """Another recipe, other settings, a row that is gone: sound, listed, and counts in no table."""
+    def stale(**changes):
+        fields = sound(**changes.pop("of", {}))
+        for key, value in changes.items():
+            fields["config"][key] = value
+        fields["row"] = fields["config"]["row"]
+        rehash(fields)
+        return fields
+
+    for fields, why in ((sound(recipe=get_task("cifar10").recipe + 1), "recipe"), (stale(tail=0.5), "its row has other settings now"),
+                        (stale(row="adamw-31"), "the task has no such row now")):
+        verdict = check_record(write(tmp_path, fields), tmp_path)
+        assert not verdict.problems and not verdict.counts and why in verdict.stale
+        assert "which does not count" in str(verdict) and "run the cell again" in str(verdict)
+
+
+def test_its_place_among_others(tmp_path):
+    here = tmp_path / "records"
+    own = write(here, sound(seed=0))
+    assert check_record(own, here).counts
+    sent = write(tmp_path, sound(seed=0), name="0.json")
+    assert check_record(sent, here).counts                                             # the very same: nothing to object to
+    other = sound(seed=0)
+    other["history"][0]["loss"] = 1.75
+    write(tmp_path, other, name="0.json")
+    (problem,) = check_record(sent, here).problems
+    assert problem == f"there is another record at {own}: take a seed that is free"
+    write(tmp_path, sound(seed=0, **{"started": "2026-11-27T10:00:00+00:00"}) | {"seed": 1}, name="1.json")
+    (problem,) = check_record(tmp_path / "1.json", here).problems
+    assert problem == "its history is that of seed 0 to the last digit: one is a copy"
+    wrong = write(here, sound(seed=2), name="cifar10/full/adam-l2-30/2.json")
+    (problem,) = check_record(wrong, here).problems
+    assert problem == "it lies in another cell's place: its own is cifar10/full/adamw-30/2.json"
+    (here / "cifar10/full/adamw-30/5.json").write_text("damaged")                      # not this record's fault
+    assert check_record(own, here).counts
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NBUTILS_RECORDS", str(tmp_path / "records"))
+    good = write(tmp_path, sound(seed=7), name="7.json")
+    bad = write(tmp_path, edited(set_in("metrics", "error", to=0.01)), name="bad.json")
+    assert main(["check", str(good)]) == 0
+    assert capsys.readouterr().out == f"{good}: this record counts for cifar10 adamw-30 (full), seed 7\n"
+    assert main(["check", str(good), str(bad), str(tmp_path / "none.json")]) == 1
+    out = capsys.readouterr().out
+    assert "seed 7\n" in out and f"{bad}: not accepted for cifar10 adamw-30 (full), seed 7:\n  metrics.error is 0.01" in out
+    assert "none.json: not accepted:\n  it cannot be read" in out
+    old = json.loads(good.read_text()) | {"recipe": 999}
+    assert main(["check", str(write(tmp_path, old, name="old.json"))]) == 1
+    assert "does not count: it was made by recipe 999" in capsys.readouterr().out
