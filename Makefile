@@ -14,7 +14,7 @@ JOBS ?= 2
 
 unexport IN_TEST           # under it, nbdev exports nothing and says nothing
 
-.PHONY: help install test book bench bench-loops bench-steps bench-qrnn bench-cache counterexamples survey export run-notebooks check-notebooks records tables clean
+.PHONY: help install test book bench bench-loops bench-steps bench-qrnn bench-cache bench-epochs samples counterexamples survey export run-notebooks check-notebooks records tables clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -66,7 +66,7 @@ $(BENCH_READY): bench/requirements.txt constraints.txt pyproject.toml | $(BIN)/u
 	  -r bench/requirements.txt -e .
 	@touch $@
 
-bench: bench-loops bench-steps bench-qrnn bench-cache  ## all four benchmarks: a record each
+bench: bench-loops bench-steps bench-qrnn bench-cache bench-epochs  ## all five benchmarks: a record each
 
 bench-loops: $(BENCH_READY)  ## our loop against others (installs them in .bench-venv)
 	$(BENCH)/bin/python bench/bench.py $(ARGS)
@@ -79,6 +79,12 @@ bench-qrnn: $(READY)  ## the QRNN's recurrence as a loop, a scan and a kernel
 
 bench-cache: $(READY)  ## the cache in blocks against a loop over tokens
 	$(BIN)/python bench/cache.py $(ARGS)
+
+bench-epochs: $(READY)  ## epochs of the language models, one run and several at once
+	$(BIN)/python bench/epochs.py $(ARGS)
+
+samples: $(READY)  ## train a language model and keep what it says: a record
+	$(BIN)/python bench/samples.py $(ARGS)
 
 counterexamples: $(READY)  ## run chapter 4's long simulations again: a record
 	$(BIN)/python bench/counterexamples.py $(ARGS)
