@@ -1,10 +1,9 @@
 #!/usr/bin/env python
-"""Write book/speed.md, the page of the benchmarks, from book/records/bench, book/records/steps and
-book/records/decode.
+"""Write book/speed.md, the page of the benchmarks, from book/records/bench, steps, decode and epochs.
 
 The newest record of each machine is shown in full, older ones are listed. The page is made by
-`make book` and not committed. bench/bench.py, bench/steps.py and
-bench/decode.py make the records and say what is in them.
+`make book` and not committed. bench/bench.py, bench/steps.py, bench/decode.py and bench/epochs.py
+make the records and say what is in them.
 """
 import argparse
 import sys
@@ -17,6 +16,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 from bench import epoch_seconds, find, load_records, median, ratios  # noqa: E402
 import decode  # noqa: E402
+import epochs  # noqa: E402
 import steps  # noqa: E402
 
 GOAL = 1.02                # our Learner over the plain loop, fed alike
@@ -42,6 +42,10 @@ STEPS = """## The optimizer's step
 DECODE = """## From files to one tensor
 
 `make bench-decode` times `decode_pictures` of [appendix 7](../nbs/a7-pictures.ipynb) with one worker and with more, in turns, on files that lie in memory: the crops of Stanford Cars, and generated JPEGs of 640 x 480 as a stand-in for its whole pictures. Rates are of the median round. Beside them stands our own processor time, which a busy machine hardly moves."""
+
+EPOCHS = """## Epochs of the language models
+
+`make bench-epochs` times training epochs of [chapter 16](../nbs/16-wikitext-2.ipynb)'s AWD-LSTM and QRNN through the task's own Learner: on a GPU at full size, after a warm-up epoch, one run alone and several at once; on a CPU at laptop size. Each run is a process. Seconds are of training alone, median with the smallest and largest of n epochs; tokens a second are one run's; *together* counts all runs' tokens over their common time, evaluations included. Memory is what torch allocated at most on a GPU, and the process' peak on a CPU. The goals, in seconds of an epoch at full size: {goals}."""
 
 
 def table(header, rows):
@@ -215,7 +219,34 @@ def decode_section(records):
     return parts
 
 
-def page(records, of_steps=(), of_decode=()):
+def epochs_row(case):
+    """A case as a line of the table."""
+    row = [epochs.MODELS[case["model"]], f"{case['device']}, {case['size']}", case["at_once"]]
+    if case["not_run"]:
+        return row + [f"not run: {case['not_run']}"] + ["–"] * 5
+    middle, low, high, n = epochs.epoch_seconds(case)
+    return row + [f"{middle:.3g} ({low:.3g}–{high:.3g})", n, f"{epochs.tokens_per_second(case):,.0f}",
+                  f"{epochs.joint_tokens_per_second(case):,.0f}", f"{epochs.peak_mb(case):,.0f}", epochs.verdict(case)]
+
+
+def epochs_section(records):
+    """The newest record of each machine; cards with a goal that none has seen are said."""
+    goals = "; ".join(f"{epochs.MODELS[model]} " + ", ".join(f"{card} {seconds:g} s" for card, seconds in cards.items())
+                      for model, cards in epochs.GOALS.items())
+    parts = [EPOCHS.format(goals=goals)]
+    header = ["model", "size", "runs at once", "s an epoch", "n", "tokens/s", "together", "peak, MB", "goal"]
+    for record in records:
+        cases = [case for case in record["cases"] if "model" in case]
+        missing = [f"{case['device']}: *not run*, {case['not_run']}." for case in record["cases"] if "model" not in case]
+        parts += [f"### Epochs on {machine(record)}", f"{conditions(record, 'epochs')} {' '.join(missing)}".strip(),
+                  table(header, map(epochs_row, cases))]
+    seen = {card for record in records for case in record["cases"] if not case["not_run"] and epochs.goal(case)
+            for card in case["goals"] if card in case["device_name"].split()}
+    cards = dict.fromkeys(card for cards in epochs.GOALS.values() for card in cards)
+    return parts + [" ".join(f"{card}: *not run*." for card in cards if card not in seen)] * bool(cards.keys() - seen)
+
+
+def page(records, of_steps=(), of_decode=(), of_epochs=()):
     """The whole page as Markdown; records come newest first."""
     parts, older, shown = [HEAD], [], set()
     for record in records:
@@ -230,7 +261,8 @@ def page(records, of_steps=(), of_decode=()):
     if not any(found["device"] == "cuda" for record in records for found in record["sets"]):
         parts.append("No benchmark of the loops has seen a GPU so far: *not run*.")
     parts = parts if records else [HEAD, EMPTY.strip()]
-    return "\n\n".join([*parts, *steps_section(of_steps), *decode_section(of_decode)]).rstrip() + "\n"
+    parts += [*steps_section(of_steps), *epochs_section(of_epochs), *decode_section(of_decode)]
+    return "\n\n".join(parts).rstrip() + "\n"
 
 
 def main():
@@ -241,8 +273,9 @@ def main():
     records = load_records(chosen.records)
     of_steps = steps.newest(chosen.records.parent / "steps")
     of_decode = decode.newest(chosen.records.parent / "decode")
-    chosen.page.write_text(page(records, of_steps, of_decode), encoding="utf-8")
-    print(f"{chosen.page.name}: {len(records)} benchmarks of loops, {len(of_steps)} of steps, "
+    of_epochs = epochs.newest(chosen.records.parent / "epochs")
+    chosen.page.write_text(page(records, of_steps, of_decode, of_epochs), encoding="utf-8")
+    print(f"{chosen.page.name}: {len(records)} benchmarks of loops, {len(of_steps)} of steps, {len(of_epochs)} of epochs, "
           f"{len(of_decode)} of decoding")
     return 0
 
