@@ -105,7 +105,7 @@ cases: $(READY)  ## pictures of cars that a row gets right and wrong, for the bo
 bench-decode: $(READY)  ## pictures of files to one tensor, with one worker and two
 	$(BIN)/python bench/decode.py $(ARGS)
 
-bench-epochs: $(READY)  ## epochs of the language models, one run and several at once
+bench-epochs: $(READY)  ## epochs of the larger models, one run and several at once
 	$(BIN)/python bench/epochs.py $(ARGS)
 
 samples: $(READY)  ## train a language model and keep what it says: a record

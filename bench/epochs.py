@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Time epochs of training for chapter 16's language models: the AWD-LSTM and the QRNN, by the task's own Learner.
+"""Time epochs of training for the AWD-LSTM and the QRNN of chapter 16 and the ResNet of chapter 12, by the tasks' own Learners.
 
     make bench-epochs                        on the CPU and, where there is one, on the GPU: a record
     make bench-epochs ARGS=--quick           the smoke size, to see that it runs: no record
     .venv/bin/python bench/epochs.py --help
 
 A case is a device, a model, a size and a number of runs at once. Each run is a process of its own, which builds the row's
-Learner as `nbutils run` does (rows lstm-adam and qrnn-adam), trains a warm-up epoch on a GPU (none on a CPU) and waits;
-when all are ready they train `--rounds` epochs, evaluating the validation text after each. The seconds of an epoch are
+Learner as `nbutils run` does (rows lstm-adam, qrnn-adam and crops-adam-l2), trains a warm-up epoch on a GPU (none on a CPU;
+before it, for the ResNet, one with the body frozen, so that what is timed is the whole net) and waits; when all are ready they train `--rounds` epochs, evaluating the validation text after each. The seconds of an epoch are
 the Learner's own: training alone, up to the losses' way home. On a GPU 1, 2 and 4 runs at once are timed, for a card that
 is not full with one run gives more with several; on a CPU one.
 
@@ -17,14 +17,14 @@ The record, book/records/epochs/DATE-DEVICE.json (then -2, -3, ...; none is ever
                     as in bench.py
     cases           a list; each has
         device                            "cpu" or "cuda"
-        model, size, at_once              "lstm" or "qrnn"; of the task; number of runs at once. (A device that is not
+        model, size, at_once              "lstm", "qrnn" or "cars"; of the task; number of runs at once. (A device that is not
                                           there is one case, which has none of these.)
         not_run                           the reason, and then nothing else
         device_name, threads, rounds, warmup, precision, parameters
         goals                             seconds of an epoch at full size, by card
         runs                              a list; each has
             seconds, valid                two lists: of an epoch's training and evaluation, a round each
-            tokens                        a list: trained on in these epochs
+            tokens                        a list: tokens, or pictures, trained on in these epochs
             began, ended                  of all rounds, in seconds of a clock that the runs share
             peak_mb                       on a GPU: most that torch had allocated; else the process' peak of resident
                                           memory, libraries included
@@ -50,9 +50,11 @@ from bench import progress  # noqa: E402
 from frame import add_options, need_positive, run, split_lists  # noqa: E402
 
 RECORDS = HERE.parent / "book" / "records" / "epochs"
-MODELS = {"lstm": "AWD-LSTM", "qrnn": "QRNN"}
+MODELS = {"lstm": "AWD-LSTM", "qrnn": "QRNN", "cars": "ResNet on crops of Cars"}
+ROWS = {"lstm": ("wikitext2", "lstm-adam"), "qrnn": ("wikitext2", "qrnn-adam"), "cars": ("cars", "crops-adam-l2")}
 SIZES = ("smoke", "laptop", "colab", "full")
-GOALS = {"lstm": {"H200": 3.0, "T4": 45.0}, "qrnn": {"H200": 1.8, "T4": 30.0}}       # s an epoch, at full size
+GOALS = {"lstm": {"H200": 3.0, "T4": 45.0}, "qrnn": {"H200": 1.8, "T4": 30.0},
+         "cars": {"H200": 4.0}}                                                       # s an epoch, at full size
 AT_ONCE = (1, 2, 4)
 ROUNDS = {"cpu": 2, "cuda": 5}
 
@@ -107,15 +109,16 @@ def work(settings, say, hear):
     from peers import peak
 
     from nbutils.core import seed_everything, synchronize
-    from nbutils.experiment import Reseed
+    from nbutils.experiment import Reseed, get_task
     from nbutils.learner import Callback
-    from nbutils.wikitext2 import build, task
 
     torch.set_num_threads(settings["threads"])
     device, warmup, facts = torch.device(settings["device"]), settings["warmup"], {}
     torch.backends.cudnn.benchmark = device.type == "cuda"
-    config = task.config(f"{settings['model']}-adam", settings["size"])
-    config = replace(config, epochs=warmup + settings["rounds"])
+    name, row = ROWS[settings["model"]]
+    task, frozen = get_task(name), {"head_epochs": 1} if name == "cars" else {}
+    warmup += len(frozen)
+    config = replace(task.config(row, settings["size"]), epochs=warmup + settings["rounds"], **frozen)
 
     class Wait(Callback):
         """Between warm-up and rounds: out of the time of any epoch."""
@@ -137,7 +140,7 @@ def work(settings, say, hear):
             facts["began"] = time.monotonic()
 
     seed_everything(0)
-    learner = build(config, 0, device)
+    learner = task.build(config, 0, device)
     learner.callbacks = [Reseed(0), *learner.callbacks, Wait()]
     learner.fit(config.epochs)
     synchronize(device)
@@ -145,7 +148,7 @@ def work(settings, say, hear):
     tokens = []
     for epoch in range(warmup, config.epochs):
         learner.train.set_epoch(epoch)
-        tokens.append(sum(learner.train.lengths()) * config.streams)
+        tokens.append(len(learner.train.images) if frozen else sum(learner.train.lengths()) * config.streams)
     used = torch.cuda.max_memory_allocated() / 1e6 if device.type == "cuda" else peak()
     say({"seconds": [row["seconds"] for row in rows], "valid": [row["valid_seconds"] for row in rows], "tokens": tokens,
          **facts, "peak_mb": round(used, 1), "precision": learner.precision,
@@ -235,7 +238,7 @@ def report(case):
         return f"{what}: not run: {case['not_run']}"
     middle, low, high, n = epoch_seconds(case)
     return (f"{what}, {case['at_once']} at once: {middle:.3g} s an epoch ({low:.3g} to {high:.3g}, n = {n}), "
-            f"{tokens_per_second(case):,.0f} tokens a second, together {joint_tokens_per_second(case):,.0f} with "
+            f"{tokens_per_second(case):,.0f} tokens or pictures a second, together {joint_tokens_per_second(case):,.0f} with "
             f"evaluation, peak {peak_mb(case):,.0f} MB; goal {verdict(case)}")
 
 

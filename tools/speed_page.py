@@ -43,9 +43,9 @@ DECODE = """## From files to one tensor
 
 `make bench-decode` times `decode_pictures` of [appendix 7](../nbs/a7-pictures.ipynb) with one worker and with more, in turns, on files that lie in memory: the crops of Stanford Cars, and generated JPEGs of 640 x 480 as a stand-in for its whole pictures. Rates are of the median round. Beside them stands our own processor time, which a busy machine hardly moves."""
 
-EPOCHS = """## Epochs of the language models
+EPOCHS = """## Epochs of the larger models
 
-`make bench-epochs` times training epochs of [chapter 16](../nbs/16-wikitext-2.ipynb)'s AWD-LSTM and QRNN through the task's own Learner: on a GPU at full size, after a warm-up epoch, one run alone and several at once; on a CPU at laptop size. Each run is a process. Seconds are of training alone, median with the smallest and largest of n epochs; tokens a second are one run's; *together* counts all runs' tokens over their common time, evaluations included. Memory is what torch allocated at most on a GPU, and the process' peak on a CPU. The goals, in seconds of an epoch at full size: {goals}."""
+`make bench-epochs` times training epochs of [chapter 16](../nbs/16-wikitext-2.ipynb)'s AWD-LSTM and QRNN and of [chapter 12](../nbs/12-cars.ipynb)'s whole net through the tasks' own Learners: on a GPU at full size, after a warm-up epoch, one run alone and several at once; on a CPU at laptop size. Each run is a process. Seconds are of training alone, median with the smallest and largest of n epochs; the rate is one run's; *together* counts all runs' over their common time, evaluations included. Memory is what torch allocated at most on a GPU, and the process' peak on a CPU. The goals, in seconds of an epoch at full size: {goals}."""
 
 
 def table(header, rows):
@@ -234,7 +234,7 @@ def epochs_section(records):
     goals = "; ".join(f"{epochs.MODELS[model]} " + ", ".join(f"{card} {seconds:g} s" for card, seconds in cards.items())
                       for model, cards in epochs.GOALS.items())
     parts = [EPOCHS.format(goals=goals)]
-    header = ["model", "size", "runs at once", "s an epoch", "n", "tokens/s", "together", "peak, MB", "goal"]
+    header = ["model", "size", "runs at once", "s an epoch", "n", "tokens or pictures/s", "together", "peak, MB", "goal"]
     for record in records:
         cases = [case for case in record["cases"] if "model" in case]
         missing = [f"{case['device']}: *not run*, {case['not_run']}." for case in record["cases"] if "model" not in case]
