@@ -13,25 +13,6 @@
     scales: "Two scales of gradients"
   };
 
-  // One sentence each: what to see.
-  var PRESETS = [
-    ["One update", "valley", { lines: ["sgd", "sgdw"], beta1: 0, lrSgd: 1, l2: 0.02, wd: 0.02, steps: 200 },
-      "Without momentum SGD's two lines are one: L2 and decay differ by a shrinking of the step that cannot be seen. Raise beta1 to 0.9: they part."],
-    ["Turn the valley", "valley", { lines: ["sgd", "adam"], tilt: 0 },
-      "Adam divides weight by weight, so a valley along an axis is round to it: it walks the diagonal of equal steps and bends to the best point. Turn the valley with the tilt: at 45° both weights have gradients of one size, and Adam is left behind."],
-    ["L2 is divided by the gradient's scale", "scales", {},
-      "Decay (orange) takes both kinds of weights down the diagonal; L2 (blue) goes straight down: it takes the weights with small gradients and lets go of those with large ones."],
-    ["A stronger L2 is no decay", "scales", { l2: 0.3 },
-      "With L2 as large as the decay, the weights with large gradients shrink as under decay; the others are at zero long before, one learning rate a step."],
-    ["A schedule spends the decay", "scales", { schedule: "1cycle", lines: ["adamw"] },
-      "Decay multiplies a weight by exp(−wd · sum of rates): under 1cycle the rates sum to half as much, and the weight stops at 0.21 instead of 0.05."],
-    ["Adam goes the wrong way, amsgrad does not", "line", { lines: ["adam", "amsgrad"] },
-      "One gradient of 1010 sends both down, a hundred of −10 bring them up again; period by period Adam gains height and ends at the worst x, +1, while amsgrad sinks to the best."],
-    ["A large beta2 mends Adam too", "line", { lines: ["adam", "adam2"] },
-      "No maximum here, only a longer memory: with beta2 = 0.9999 Adam sinks to the best x. Move the second beta2 down: the border is near 0.9995."]
-  ];
-
-  // Key, label, and a unit or remark. Which surfaces use it stands behind.
   var SLIDERS = [
     ["lr", "learning rate"], ["lrSgd", "learning rate of SGD"],
     ["l2", "l2, into the gradient"], ["wd", "weight decay, from the weight"],
@@ -39,7 +20,7 @@
     ["eps", "eps"], ["tilt", "tilt of the valley, degrees"], ["steps", "steps"]
   ];
 
-  var settings = LAB.fromHash(location.hash) || preset(PRESETS[2]);
+  var settings = LAB.fromHash(location.hash) || preset(LAB.PRESETS[2]);
   var parts = {}, runs = [], waiting = false, saying = 0;
 
   function preset(entry) {
@@ -51,8 +32,7 @@
   function make(name, attributes, children) {
     var node = document.createElement(name);
     Object.keys(attributes || {}).forEach(function (key) {
-      if (key in node && typeof attributes[key] !== "string") node[key] = attributes[key];
-      else node.setAttribute(key, attributes[key]);
+      node.setAttribute(key, attributes[key]);
     });
     [].concat(children || []).forEach(function (child) { node.append(child); });
     return node;
@@ -69,7 +49,7 @@
   function number(value) {
     if (!isFinite(value)) return String(value);
     var size = Math.abs(value);
-    var text = value === 0 || (size >= 1e-3 && size < 1e6) ? String(Number(value.toPrecision(6)))
+    var text = value === 0 || (size >= 5e-4 && size < 1e6) ? String(Number(value.toPrecision(6)))
       : value.toExponential().replace("e", "·10^");
     return text.replace("-", "−").replace("^-", "^−");
   }
@@ -81,6 +61,10 @@
 
   function fixed(value) {
     return (value < -5e-4 ? "−" : "") + Math.abs(value).toFixed(3);
+  }
+
+  function far(value) {                               // a distance; 3·10^−7 where three decimals show nothing
+    return value !== 0 && value < 1e-3 ? number(Number(value.toPrecision(2))) : fixed(value);
   }
 
   function point(values) {
@@ -132,26 +116,26 @@
       settings.lines = Object.keys(LAB.LINES).filter(function (name) { return parts.legend[name].input.checked; });
       changed();
     });
-    var label = make("span"), ends = make("td"), far = make("td");
-    parts.legend[line] = { input: input, label: label, end: ends, far: far };
+    var label = make("span"), ends = make("td"), distance = make("td");
+    parts.legend[line] = { input: input, label: label, end: ends, far: distance };
     return make("tr", {}, [
-      make("th", { scope: "row" }, make("label", { "for": "lab-line-" + line }, [input, swatch(line), label])), ends, far]);
+      make("th", { scope: "row" }, make("label", { "for": "lab-line-" + line }, [input, swatch(line), label])), ends, distance]);
   }
 
   function build() {
     root.textContent = "";
     parts.legend = {};
     parts.said = make("p", { "class": "lab-lesson" });
-    parts.presets = PRESETS.map(function (entry) {
+    parts.presets = LAB.PRESETS.map(function (entry) {
       var button = make("button", { type: "button", "class": "lab-button" }, entry[0]);
       button.addEventListener("click", function () { settings = preset(entry); changed(); });
       return button;
     });
     parts.figure = make("div", { "class": "lab-figure" });
-    parts.live = make("p", { "class": "lab-live", "aria-live": "polite", id: "lab-live" });
+    parts.live = make("p", { "class": "lab-live visually-hidden", "aria-live": "polite", id: "lab-live" });
     parts.reset = make("button", { type: "button", "class": "lab-button" }, "Reset this surface");
     parts.reset.addEventListener("click", function () { settings = LAB.defaults(settings.on); changed(); });
-    parts.farHead = make("th", { scope: "col" });
+    parts.caption = make("caption");
     parts.strip = make("div", { "class": "lab-strip", "aria-hidden": "true" });
 
     var presets = make("fieldset", { "class": "lab-presets" }, [make("legend", {}, "Lessons"), make("div", {}, parts.presets)]);
@@ -164,14 +148,14 @@
         return choice("schedule", kind, LAB.SCHEDULES[kind], function () { settings.schedule = kind; changed(); });
       }), [parts.strip]));
     var table = make("table", { "class": "lab-legend" }, [
-      make("caption", {}, "Lines"),
+      parts.caption,
       make("thead", {}, make("tr", {}, [make("th", { scope: "col" }, "optimizer"),
-        make("th", { scope: "col" }, "ends at"), parts.farHead])),
+        make("th", { scope: "col" }, "ends at"), make("th", { scope: "col" }, "distance")])),
       make("tbody", {}, Object.keys(LAB.LINES).map(legendRow))]);
     var sliders = make("fieldset", { "class": "lab-sliders" }, [make("legend", {}, "Settings")].concat(
       SLIDERS.map(function (entry) { return slider(entry[0], entry[1]); })));
-    root.append(presets, parts.said, surfaces, parts.figure, parts.live, table, schedules, sliders,
-      make("div", { "class": "lab-end" }, parts.reset));
+    root.append(presets, parts.said, surfaces, parts.figure, parts.live, make("div", { "class": "lab-columns" }, [
+      make("div", {}, [table, schedules, parts.reset]), sliders]));
   }
 
   // ------------------------------------------------------------------ drawing
@@ -186,12 +170,12 @@
       role: "img", "aria-labelledby": "lab-title lab-desc" });
     draw(box.svg, "title", { id: "lab-title" }, options.title);
     draw(box.svg, "desc", { id: "lab-desc" }, options.describe);
-    var clip = draw(draw(box.svg, "clipPath", { id: "lab-clip" }), "rect", { x: box.left, y: box.top,
+    draw(draw(box.svg, "clipPath", { id: "lab-clip" }), "rect", { x: box.left, y: box.top,
       width: box.right - box.left, height: box.bottom - box.top });
     options.xTicks.forEach(function (v) {
       draw(box.svg, "line", { "class": "lab-grid", x1: box.x(v), x2: box.x(v), y1: box.top, y2: box.bottom });
-      var text = draw(box.svg, "text", { x: box.x(v), y: box.bottom + 16, "text-anchor": "middle" });
-      text.textContent = logX && v >= 10000 ? (v / 1000) + "k" : number(v);
+      draw(box.svg, "text", { x: box.x(v), y: box.bottom + 16, "text-anchor": box.x(v) > box.right - 12 ? "end" : "middle" },
+        v >= 1000 ? v / 1000 + "k" : number(v));
     });
     options.yTicks.forEach(function (v) {
       draw(box.svg, "line", { "class": "lab-grid", x1: box.left, x2: box.right, y1: box.y(v), y2: box.y(v) });
@@ -221,14 +205,14 @@
       "stroke-linejoin": "round", "stroke-dasharray": LAB.LINES[line].dash || "none", "data-line": line });
   }
 
-  function mark(box, values, label, kind) {
+  function mark(box, values, label, kind, below) {
     var x = box.x(values[0]), y = box.y(values[1]), r = 5;
     if (kind === "cross") {
       draw(box.inner, "path", { "class": "lab-mark", d: "M" + (x - r) + " " + (y - r) + "l10 10m-10 0l10 -10" });
     } else {
       draw(box.inner, "circle", { "class": "lab-mark", cx: x, cy: y, r: r - 1 });
     }
-    draw(box.inner, "text", { "class": "lab-note", x: x + 9, y: y - 7 }, label);
+    draw(box.inner, "text", { "class": "lab-note", x: x + (below ? 4 : 9), y: y + (below ? 19 : -7) }, label);
   }
 
   function paths(box, dots) {
@@ -262,7 +246,7 @@
       draw(box.inner, "path", { "class": "lab-contour", d: pathOf(points) });
     });
     mark(box, LAB.VALLEY.start, "start", "circle");
-    if (settings.l2 > 0 || settings.wd > 0) mark(box, [0, 0], "where L2 and decay pull", "circle");
+    if (settings.l2 > 0 || settings.wd > 0) mark(box, [0, 0], "where L2 and decay pull", "circle", true);
     paths(box, true);
     mark(box, best, "best", "cross");
   }
@@ -272,7 +256,7 @@
     var box = axes(side, Math.round(side * 0.86), [-0.12, 1.12], [-0.12, 1.12], {
       title: "Mean weights with large and with small gradients", describe: describe,
       xTicks: [0, 0.5, 1], yTicks: [0, 0.5, 1], xLabel: "weights with gradients of scale 1",
-      yLabel: "with gradients of scale 0.01" });
+      yLabel: "weights with gradients of scale 0.01" });
     paths(box, true);
     [["l2", /^(adam|adam2|amsgrad)$/], ["wd", /^(adamw|amsgradw)$/]].forEach(function (entry) {
       if (!runs.some(function (found) { return entry[1].test(found.line); })) return;
@@ -280,9 +264,9 @@
       for (var i = 0; i < line.length; i += 2) points.push(box.x(line[i]), box.y(line[i + 1]));
       draw(box.inner, "path", { "class": "lab-forecast", d: pathOf(points) });
     });
-    draw(box.svg, "text", { "class": "lab-note", x: box.right - 4, y: box.bottom - 6, "text-anchor": "end" }, "dotted: chapter 3's forecast");
+    draw(box.svg, "text", { "class": "lab-note", x: box.left + 6, y: box.top + 14 }, "dotted: chapter 3's forecast");
     mark(box, [1, 1], "start", "circle");
-    mark(box, [0, 0], "where L2 and decay pull", "cross");
+    mark(box, [0, 0], "where L2 and decay pull", "cross", true);
   }
 
   function drawLine(width, describe) {
@@ -330,7 +314,7 @@
 
   function labelOf(line) {
     var text = LAB.LINES[line].label;
-    return line === "adam2" ? "Adam, L2, beta2 " + number(settings.second) : text;
+    return line === "adam2" ? "Adam, beta2 " + number(settings.second) : text;
   }
 
   function describe() {
@@ -338,7 +322,7 @@
     var ends = runs.map(function (found) {
       var end = LAB.end(found);
       if (!end.every(function (x) { return Math.abs(x) < 1e6; })) return labelOf(found.line) + " has diverged";
-      return labelOf(found.line) + " ends at " + point(end) + ", distance " + fixed(LAB.distance(settings.on, end));
+      return labelOf(found.line) + " ends at " + point(end) + ", distance " + far(LAB.distance(settings.on, end));
     });
     return TITLES[settings.on] + ", " + settings.steps.toLocaleString("en") + " steps, schedule " + LAB.SCHEDULES[settings.schedule] +
       "; distances are from " + goal + ". " + (ends.length ? ends.join("; ") + "." : "No line is chosen.");
@@ -364,19 +348,19 @@
       part.row.hidden = key === "tilt" && settings.on !== "valley";
       part.row.classList.toggle("lab-idle", idle);
     });
-    var chosen = PRESETS.findIndex(function (entry) { return LAB.toHash(preset(entry)) === LAB.toHash(settings); });
+    var chosen = LAB.PRESETS.findIndex(function (entry) { return LAB.toHash(preset(entry)) === LAB.toHash(settings); });
     parts.presets.forEach(function (button, i) { button.setAttribute("aria-pressed", String(i === chosen)); });
     if (chosen >= 0) parts.lesson = chosen;
-    else if (parts.lesson !== undefined && PRESETS[parts.lesson][1] !== settings.on) parts.lesson = undefined;
-    parts.said.textContent = parts.lesson === undefined ? "Choose a lesson, or set everything by hand." : PRESETS[parts.lesson][3];
-    parts.farHead.textContent = "distance to " + (settings.on === "scales" ? "0" : "the best");
+    else if (parts.lesson !== undefined && LAB.PRESETS[parts.lesson][1] !== settings.on) parts.lesson = undefined;
+    parts.said.textContent = parts.lesson === undefined ? "Choose a lesson, or set everything by hand." : LAB.PRESETS[parts.lesson][3];
+    parts.caption.textContent = "Lines, and their distance in the end from " + (settings.on === "scales" ? "(0, 0)" : "the best");
     Object.keys(LAB.LINES).forEach(function (line) {
       var row = parts.legend[line], found = runs.filter(function (r) { return r.line === line; })[0];
       row.input.checked = !!found;
       row.label.textContent = labelOf(line);
       var end = found && LAB.end(found), near = end && end.every(function (x) { return Math.abs(x) < 1e6; });
       row.end.textContent = !found ? "" : near ? point(end) : "diverged";
-      row.far.textContent = near ? fixed(LAB.distance(settings.on, end)) : "";
+      row.far.replaceChildren.apply(row.far, near ? superscript(far(LAB.distance(settings.on, end))) : []);
     });
   }
 
@@ -401,7 +385,7 @@
   function changed() {
     var hash = "#" + LAB.toHash(settings);
     try { history.replaceState(null, "", hash); } catch (refused) { location.hash = hash; }
-    if (!waiting) { waiting = true; requestAnimationFrame(update); }
+    if (!waiting) { waiting = true; setTimeout(update, 0); }
   }
 
   window.addEventListener("hashchange", function () {

@@ -46,10 +46,10 @@ var WeighingLab = (function () {
     sgd: { label: "SGD, L2", color: "#7f7f7f", step: sgdStep, decay: "l2" },
     sgdw: { label: "SGD, decay", color: "#7f7f7f", dash: "7 5", step: sgdStep, decay: "weightDecay" },
     adam: { label: "Adam, L2", color: "#0072b2", step: adamStep, decay: "l2" },
-    adam2: { label: "Adam, L2, second beta2", color: "#56b4e9", step: adamStep, decay: "l2" },
+    adam2: { label: "Adam, second beta2", color: "#56b4e9", step: adamStep, decay: "l2" },
     adamw: { label: "AdamW", color: "#e69f00", step: adamStep, decay: "weightDecay" },
-    amsgrad: { label: "Adam, L2, amsgrad", color: "#009e73", step: adamStep, decay: "l2" },
-    amsgradw: { label: "AdamW, amsgrad", color: "#009e73", dash: "7 5", step: adamStep, decay: "weightDecay" }
+    amsgrad: { label: "amsgrad, L2", color: "#009e73", step: adamStep, decay: "l2" },
+    amsgradw: { label: "amsgrad, decay", color: "#009e73", dash: "7 5", step: adamStep, decay: "weightDecay" }
   };
 
   /* A line's hyper-parameters, but for lr and beta1, which the schedule gives. */
@@ -246,6 +246,24 @@ var WeighingLab = (function () {
     return Object.assign({ on: on }, COMMON, DEFAULTS[on], changes, { lines: lines.slice() });
   }
 
+  /* The lessons: name, surface, changes to its defaults, and what to see. */
+  var PRESETS = [
+    ["One update", "valley", { lines: ["sgd", "sgdw"], beta1: 0, lrSgd: 1, l2: 0.02, wd: 0.02, steps: 400 },
+      "Without momentum L2 and decay are one update, so the dashed line lies on the solid one; raise beta1 to 0.9, and they end in two places."],
+    ["Turn the valley", "valley", { lines: ["sgd", "adam"], tilt: 0 },
+      "Adam divides weight by weight, so a valley along an axis hardly slows it; tilt it to 45°, where both weights have gradients of one size, and Adam falls behind while SGD does as before."],
+    ["L2 is divided by the gradient's scale", "scales", {},
+      "Decay (orange) takes both kinds of weights to zero along the diagonal; L2 (blue) takes those with small gradients and lets go of those with large ones."],
+    ["A stronger L2 is no decay", "scales", { l2: 0.3 },
+      "With L2 as large as the decay, weights with large gradients shrink as under decay, but those with small gradients are at zero long before, one learning rate a step."],
+    ["A schedule spends the decay", "scales", { schedule: "1cycle", lines: ["adamw"] },
+      "Decay multiplies a weight by exp(−wd · sum of rates): under 1cycle the rates sum to half as much as at a constant rate, and the weights stop at 0.21 instead of 0.05."],
+    ["Adam goes the wrong way, amsgrad does not", "line", { lines: ["adam", "amsgrad"] },
+      "One gradient of 1010 sends both down and a hundred of −10 bring them up again, but period by period Adam gains height and ends at +1, the worst x, while amsgrad sinks towards the best."],
+    ["A large beta2 mends Adam too", "line", { lines: ["adam", "adam2"] },
+      "With beta2 = 0.9999 (light blue) Adam sinks to the best x without any maximum, and at 0.999 it still climbs: move the second beta2, the border is near 0.9995."]
+  ];
+
   /* Settings as the part of an address behind "#": the surface, and what is not its default. */
   function toHash(settings) {
     var usual = defaults(settings.on), parts = ["on=" + settings.on];
@@ -260,7 +278,7 @@ var WeighingLab = (function () {
     var given = {};
     text.replace(/^#/, "").split("&").forEach(function (part) {
       var at = part.indexOf("=");
-      if (at > 0) given[part.slice(0, at)] = decodeURIComponent(part.slice(at + 1));
+      if (at > 0) given[part.slice(0, at)] = part.slice(at + 1).replace(/%2C/gi, ",");
     });
     if (!Object.prototype.hasOwnProperty.call(SURFACES, given.on)) return null;
     var settings = defaults(given.on);
@@ -282,7 +300,7 @@ var WeighingLab = (function () {
 
   return {
     LINES: LINES, SURFACES: SURFACES, VALLEY: VALLEY, VALUES: VALUES, STEPS: STEPS,
-    SCHEDULES: SCHEDULES, defaults: defaults, toHash: toHash, fromHash: fromHash,
+    SCHEDULES: SCHEDULES, PRESETS: PRESETS, defaults: defaults, toHash: toHash, fromHash: fromHash,
     schedule: schedule, run: run, end: end, distance: distance, forecast: forecast
   };
 })();
