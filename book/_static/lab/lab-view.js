@@ -212,7 +212,9 @@
     } else {
       draw(box.inner, "circle", { "class": "lab-mark", cx: x, cy: y, r: r - 1 });
     }
-    draw(box.inner, "text", { "class": "lab-note", x: x + (below ? 4 : 9), y: y + (below ? 19 : -7) }, label);
+    var atEdge = x > box.right - 40;
+    draw(box.inner, "text", { "class": "lab-note", x: x + (atEdge ? -9 : below ? 4 : 9), y: y + (below ? 19 : -7),
+      "text-anchor": atEdge ? "end" : "start" }, label);
   }
 
   function paths(box, dots) {
