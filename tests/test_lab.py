@@ -52,6 +52,7 @@ CASES += [settings("valley", eps=0.1, schedule="1cycle"), settings("valley", l2=
           settings("valley", tilt=45, beta1=0.98, schedule="cosine"),
           settings("line", l2=0, wd=0, beta2=0.99, second=0.9999, eps=0), settings("line", eps=100.0),
           settings("line", beta1=0, lr=0.5, schedule="root"),
+          settings("line", lr=0.5, lrSgd=0.005, wd=0.01, beta2=0.99),   # from wall to wall
           settings("scales", l2=0.3, beta1=0.5), settings("scales", eps=0.1, beta1=0)]
 NAMES = [" ".join(f"{key}={case[key]}" for key in ("on", "schedule", "eps", "beta1", "l2"))
          for case in CASES]
