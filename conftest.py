@@ -95,3 +95,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if " at 0x" in item.nodeid:
             raise pytest.UsageError(f"{item.nodeid}: the address in this name differs from process to process; give ids=")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say aloud, once, what was not checked for want of a browser (tests/test_lab.py)."""
+    skipped = [report.longrepr for report in terminalreporter.stats.get("skipped", [])]
+    reasons = [why[2] for why in skipped if isinstance(why, tuple) and "NO BROWSER" in why[2]]
+    if reasons:
+        terminalreporter.write_sep("!", f"{len(reasons)} tests skipped", yellow=True, bold=True)
+        terminalreporter.write_line(reasons[0].removeprefix("Skipped: "), yellow=True)
