@@ -340,7 +340,19 @@ def build(config, seed, device):
 
 # %% ../nbs/12-cars.ipynb #score
 def augmented_batches(learner, config):
-    """Return the Learner's test pictures as training views, for :func:`nbutils.tta`."""
+    """Return a Learner's test pictures as training views.
+
+    Parameters
+    ----------
+    learner : nbutils.learner.Learner
+        As :func:`build` made it.
+    config : CarsConfig
+
+    Returns
+    -------
+    nbutils.data.Batches
+        For :func:`nbutils.learner.tta`; unshuffled.
+    """
     return _batches(learner.valid.images, config, True, learner.train.seed)
 
 

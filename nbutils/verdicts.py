@@ -103,9 +103,18 @@ def difference(gap, *, unit="points", digits=2, scale=1.0):
 def gap_agreement(gap, published, *, unit="points", digits=2, scale=1.0):
     """Judge a published difference between two rows.
 
-    Held if it lies in the interval of our paired difference; weaker if it does not and
-    ours is known and of the same sign; else failed. Parameters as in
-    :func:`difference`; ``published`` in the same unit as the figure.
+    Parameters
+    ----------
+    gap, unit, digits, scale
+        As in :func:`difference`.
+    published : float
+        In the unit of the figure.
+
+    Returns
+    -------
+    Finding
+        Held if it lies in our interval; weaker if it does not, and ours is known and
+        of the same sign; else failed.
     """
     if gap is None or gap.n < LEAST:
         return _not_run(gap.n if gap else 0, "pairs")
@@ -120,9 +129,21 @@ def _scaled(gap, scale, digits):
 
 # %% ../nbs/17-verdicts.ipynb #share
 def share_interval(k, n):
-    """Return the exact 95 % interval of a probability after k successes of n.
+    """Return the exact 95 % interval of a probability (Clopper & Pearson 1934).
 
-    Clopper & Pearson 1934. ValueError unless 0 <= k <= n and n >= 1.
+    Parameters
+    ----------
+    k, n : int
+        Successes, and trials.
+
+    Returns
+    -------
+    low, high : float
+
+    Raises
+    ------
+    ValueError
+        Unless 0 <= k <= n and n >= 1.
     """
     if not (0 <= k <= n and n >= 1):
         raise ValueError(f"{k} of {n}: give 0 <= k <= n and n of 1 or more")
@@ -134,9 +155,19 @@ def share_interval(k, n):
 
 
 def share(successes, claimed):
-    """Judge a claimed share of successes by a list of True and False.
+    """Judge a claimed share of successes.
 
-    Held if the claimed share lies in the exact interval or ours is larger, else failed.
+    Parameters
+    ----------
+    successes : list of bool
+        One a run.
+    claimed : float
+
+    Returns
+    -------
+    Finding
+        Held if the claimed share lies in the exact interval, or ours is larger; else
+        failed.
     """
     n, k = len(successes), sum(successes)
     if n < LEAST:
