@@ -14,7 +14,7 @@ JOBS ?= 2
 
 unexport IN_TEST           # under it, nbdev exports nothing and says nothing
 
-.PHONY: help install test book bench bench-loops bench-steps bench-qrnn bench-cache cases counterexamples survey export run-notebooks check-notebooks records tables verify linkcheck probe dist release clean
+.PHONY: help install test export run-notebooks check-notebooks records tables verify book linkcheck probe dist release bench bench-loops bench-steps bench-qrnn bench-cache cases bench-decode bench-epochs samples counterexamples survey clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -85,7 +85,7 @@ $(BENCH_READY): bench/requirements.txt constraints.txt pyproject.toml | $(BIN)/u
 	  -r bench/requirements.txt -e .
 	@touch $@
 
-bench: bench-loops bench-steps bench-qrnn bench-cache  ## all four benchmarks: a record each
+bench: bench-loops bench-steps bench-qrnn bench-cache bench-epochs bench-decode  ## all six benchmarks: a record each
 
 bench-loops: $(BENCH_READY)  ## our loop against others (installs them in .bench-venv)
 	$(BENCH)/bin/python bench/bench.py $(ARGS)
@@ -101,6 +101,15 @@ bench-cache: $(READY)  ## the cache in blocks against a loop over tokens
 
 cases: $(READY)  ## pictures of cars that a row gets right and wrong, for the book
 	$(BIN)/python bench/cases.py $(ARGS)
+
+bench-decode: $(READY)  ## pictures of files to one tensor, with one worker and two
+	$(BIN)/python bench/decode.py $(ARGS)
+
+bench-epochs: $(READY)  ## epochs of the larger models, one run and several at once
+	$(BIN)/python bench/epochs.py $(ARGS)
+
+samples: $(READY)  ## train a language model and keep what it says: a record
+	$(BIN)/python bench/samples.py $(ARGS)
 
 counterexamples: $(READY)  ## run chapter 4's long simulations again: a record
 	$(BIN)/python bench/counterexamples.py $(ARGS)

@@ -42,19 +42,17 @@ The record, book/records/cache/DATE-DEVICE.json (then -2, -3, ...; none is ever 
 Medians and ratios are not stored: the functions below compute them.
 """
 import argparse
-import hashlib
-import os
 import statistics
 import sys
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from bench import (BUSY_LIMIT, cores, find, load, load_records, memory_gb, progress,  # noqa: E402
-                   ticks, write_record)
+import frame  # noqa: E402
+from bench import find, progress  # noqa: E402
+from frame import add_options, need_positive, run  # noqa: E402
 
 RECORDS = HERE.parent / "book" / "records" / "cache"
 VOCABULARY, FEATURES, WINDOW, THETA, LENGTH = 33_278, 400, 3785, 0.662, 6.0
@@ -66,10 +64,7 @@ GOAL_SPEEDUP, GOAL_SECONDS = 100, 1.0       # on a CPU, over the loop; both spli
 # --- figures from a record -----------------------------------------------------------------------
 def newest(folder=RECORDS):
     """The newest record of each machine (its card, or else its processor), newest first."""
-    shown = {}
-    for record in load_records(folder):
-        shown.setdefault(record["machine"]["gpu"] or record["machine"]["cpu"], record)
-    return list(shown.values())
+    return frame.newest(folder)
 
 
 def microseconds(case, name):
@@ -253,17 +248,13 @@ def report(case):
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--quick", action="store_true", help="2 rounds over 8,000 tokens: writes no record")
-    add("--anyway", action="store_true", help="start even if others use the machine")
-    add("--device", choices=("cpu", "cuda", "all"), default="all", help="default: all there are")
+    add_options(parser, "2 rounds over 8,000 tokens", RECORDS)
     add("--tokens", type=int, default=SPLITS["valid"], help=f"of the text (default: {SPLITS['valid']})")
     add("--blocks", default="", help="block sizes, with commas between (default: "
         f"{BLOCKS['cpu']} on a CPU, {BLOCKS['cuda']} on a GPU)")
     add("--loop-tokens", type=int, default=2000, help="tokens of the loop in a round (default: 2000)")
     add("--one-hot-tokens", type=int, default=4, help="tokens of the one-hot loop in a round (default: 4)")
     add("--rounds", type=int, default=5, help="default: 5")
-    add("--threads", type=int, default=cores(), help="default: all cores")
-    add("--out", type=Path, default=RECORDS, help="folder of the records")
     chosen = parser.parse_args(argv)
     try:
         chosen.blocks = [int(value) for value in chosen.blocks.split(",") if value]
@@ -271,9 +262,7 @@ def arguments(argv=None):
         parser.error(f"--blocks is {chosen.blocks!r}: whole numbers are needed, with commas between")
     if chosen.quick:
         chosen.tokens, chosen.rounds, chosen.loop_tokens, chosen.one_hot_tokens = 8000, 2, 50, 1
-    for name in ("loop_tokens", "one_hot_tokens", "rounds", "threads"):
-        if getattr(chosen, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be 1 or more")
+    need_positive(parser, chosen, "loop_tokens", "one_hot_tokens", "rounds", "threads")
     if any(block < 1 for block in chosen.blocks):
         parser.error("--blocks must be 1 or more")
     most = chosen.tokens - 1 - WINDOW
@@ -284,46 +273,7 @@ def arguments(argv=None):
 
 def main(argv=None):
     chosen = arguments(argv)
-    begun, started = time.perf_counter(), datetime.now(timezone.utc).isoformat(timespec="seconds")
-    before, busiest = load()
-    busy = before["averages"][0] > 0.5 * cores() if before["busy_cores"] is None else before["busy_cores"] > BUSY_LIMIT
-    if busy and not (chosen.quick or chosen.anyway):
-        print("Others are using this machine, and would be measured too:\n  "
-              + "\n  ".join(busiest or ["see the load averages"])
-              + "\nWait until it is quiet, or give --anyway; the record then says so.")
-        return 2
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ[name] = str(chosen.threads)
-    import torch
-
-    from nbutils.records import code_state, describe_device, versions
-
-    torch.set_num_threads(chosen.threads)
-    start_ticks, cases = ticks(), []
-    for device in ("cpu", "cuda") if chosen.device == "all" else (chosen.device,):
-        if device == "cuda" and not torch.cuda.is_available():
-            cases.append({"device": device, "not_run": "no GPU in this machine"})
-        else:
-            cases.append(measure(device, chosen))
-        print(report(cases[-1]), flush=True)
-    measured = [case for case in cases if not case["not_run"]]
-    if chosen.quick or not measured:
-        print("--quick measures nothing: no record" if chosen.quick else "nothing was run: no record")
-        return 0
-    after, _ = load()
-    end_ticks = ticks()
-    steal = (end_ticks[1] - start_ticks[1]) / max(1, end_ticks[2] - start_ticks[2]) if end_ticks else None
-    commit, code_hash = code_state()
-    gpu = next((case["device_name"] for case in measured if case["device"] == "cuda"), None)
-    record = {
-        "format": 1, "name": "", "started": started, "seconds": round(time.perf_counter() - begun, 1),
-        "machine": {"cpu": describe_device("cpu"), "gpu": gpu, "cores": cores(), "memory_gb": memory_gb(),
-                    "platform": versions()["platform"]},
-        "load": {"before": before, "after": after, "steal": steal, "anyway": bool(busy)},
-        "versions": versions(), "commit": commit, "code_hash": code_hash,
-        "bench_hash": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16], "cases": cases}
-    print(f"record: {write_record(record, chosen.out)}")
-    return 0
+    return run(__file__, chosen, lambda device: [measure(device, chosen)], report)
 
 
 if __name__ == "__main__":

@@ -38,20 +38,17 @@ The record, book/records/qrnn/DATE-DEVICE.json (then -2, -3, ...; none is ever o
 Medians and ratios are not stored: the functions below compute them.
 """
 import argparse
-import hashlib
-import os
 import statistics
 import sys
-import time
-from datetime import datetime, timezone
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from bench import BUSY_LIMIT, cores, find, load, memory_gb, progress, ticks, write_record  # noqa: E402
+import frame  # noqa: E402
+from bench import find, progress  # noqa: E402
+from frame import add_options, need_positive, run, split_lists  # noqa: E402
 from steps import Contender  # noqa: E402
-from steps import newest as newest_in  # noqa: E402
 
 RECORDS = HERE.parent / "book" / "records" / "qrnn"
 SIZES = {"small": (70, 20, 200), "article": (70, 100, 1550)}
@@ -63,7 +60,7 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
 # --- figures from a record -----------------------------------------------------------------------
 def newest(folder=RECORDS):
     """The newest record of each machine, newest first."""
-    return newest_in(folder)
+    return frame.newest(folder)
 
 
 def milliseconds(case, name):
@@ -233,26 +230,15 @@ def report(case):
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--quick", action="store_true", help="2 rounds of 1 call of the small size: writes no record")
-    add("--anyway", action="store_true", help="start even if others use the machine")
-    add("--device", choices=("cpu", "cuda", "all"), default="all", help="default: all there are")
+    add_options(parser, "2 rounds of 1 call of the small size", RECORDS)
     add("--sizes", default=",".join(SIZES), help=f"some of {', '.join(SIZES)}, with commas between")
     add("--kinds", default=",".join(KINDS), help=f"some of {', '.join(KINDS)}")
     add("--calls", type=int, default=3, help="calls of a round (default: 3)")
     add("--rounds", type=int, default=20, help="of poolings (default: 20)")
     add("--layer-rounds", type=int, default=5, help="of layers (default: 5)")
-    add("--threads", type=int, default=cores(), help="default: all cores")
-    add("--out", type=Path, default=RECORDS, help="folder of the records")
     chosen = parser.parse_args(argv)
-    for name, known in (("sizes", SIZES), ("kinds", KINDS)):
-        values = [value for value in getattr(chosen, name).split(",") if value]
-        setattr(chosen, name, values)
-        for value in values:
-            if value not in known:
-                parser.error(f"unknown {name.rstrip('s')} {value!r}; there are: {', '.join(known)}")
-    for name in ("calls", "rounds", "layer_rounds", "threads"):
-        if getattr(chosen, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be 1 or more")
+    split_lists(parser, chosen, sizes=SIZES, kinds=KINDS)
+    need_positive(parser, chosen, "calls", "rounds", "layer_rounds", "threads")
     if chosen.quick:
         chosen.calls, chosen.rounds, chosen.layer_rounds, chosen.sizes = 1, 2, 2, ["small"]
     return chosen
@@ -260,50 +246,14 @@ def arguments(argv=None):
 
 def main(argv=None):
     chosen = arguments(argv)
-    begun, started = time.perf_counter(), datetime.now(timezone.utc).isoformat(timespec="seconds")
-    before, busiest = load()
-    busy = before["averages"][0] > 0.5 * cores() if before["busy_cores"] is None else before["busy_cores"] > BUSY_LIMIT
-    if busy and not (chosen.quick or chosen.anyway):
-        print("Others are using this machine, and would be measured too:\n  "
-              + "\n  ".join(busiest or ["see the load averages"])
-              + "\nWait until it is quiet, or give --anyway; the record then says so.")
-        return 2
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ[name] = str(chosen.threads)
-    import torch
 
-    from nbutils.records import code_state, describe_device, versions
-
-    torch.set_num_threads(chosen.threads)
-    start_ticks, cases = ticks(), []
-    for device in ("cpu", "cuda") if chosen.device == "all" else (chosen.device,):
-        if device == "cuda" and not torch.cuda.is_available():
-            cases.append({"device": device, "not_run": "no GPU in this machine"})
-            print(report(cases[-1]), flush=True)
-            continue
+    def cases_on(device):
         for size in chosen.sizes:
             for what in chosen.kinds:
                 for dtype in ("float32", "bfloat16") if device == "cuda" else ("float32",):
-                    cases.append(measure(device, what, size, dtype, chosen))
-                    print(report(cases[-1]), flush=True)
-    measured = [case for case in cases if not case["not_run"]]
-    if chosen.quick or not measured:
-        print("--quick measures nothing: no record" if chosen.quick else "nothing was run: no record")
-        return 0
-    after, _ = load()
-    end_ticks = ticks()
-    steal = (end_ticks[1] - start_ticks[1]) / max(1, end_ticks[2] - start_ticks[2]) if end_ticks else None
-    commit, code_hash = code_state()
-    gpu = next((case["device_name"] for case in measured if case["device"] == "cuda"), None)
-    record = {
-        "format": 1, "name": "", "started": started, "seconds": round(time.perf_counter() - begun, 1),
-        "machine": {"cpu": describe_device("cpu"), "gpu": gpu, "cores": cores(), "memory_gb": memory_gb(),
-                    "platform": versions()["platform"]},
-        "load": {"before": before, "after": after, "steal": steal, "anyway": bool(busy)},
-        "versions": versions(), "commit": commit, "code_hash": code_hash,
-        "bench_hash": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16], "cases": cases}
-    print(f"record: {write_record(record, chosen.out)}")
-    return 0
+                    yield measure(device, what, size, dtype, chosen)
+
+    return run(__file__, chosen, cases_on, report)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ _NAMES = {
         "decode decode_pictures find_pictures IMAGENET_MEAN IMAGENET_STD load_folder "
         "PictureError Views"
     ),
+    "car_files": "load_cars",
     "fine_tuning": (
         "fine_tune FineTuneNet pooled_head resnet_groups Stage stage_schedules Stages"
     ),

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .amsgrad import Adam, AdamW
+from .car_files import load_cars
 from .core import unknown
 from .data import Batches, Images
 from .experiment import Config, Task, register
@@ -262,11 +263,20 @@ def load(config, device="cpu"):
     Returns
     -------
     train, test : nbutils.data.Images
+
+    Raises
+    ------
+    FileNotFoundError, nbutils.pictures.PictureError, ValueError
+        As :func:`nbutils.car_files.load_cars` and
+        :func:`nbutils.pictures.load_folder`.
     """
     if config.pictures == "generated":
         return tuple(images.to(device) for images in generated_pictures())
     kept = int(config.side * 1.05)
-    pair = load_folder(data_home() / "cars-224", min(kept, 224))
+    if config.pictures == "whole":
+        pair = load_cars(side=kept)
+    else:
+        pair = load_folder(data_home() / "cars-224", min(kept, 224))
     return tuple(_thin(images, config.every).to(device) for images in pair)
 
 
@@ -364,6 +374,7 @@ task = register(
         configs=tuple(_rows()),
         build=build,
         score=score,
+        data=load_cars,
         columns={
             "error": ("error, %", 100, 2),
             "error_tta": ("error with TTA, %", 100, 2),

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .checks import check_record
-from .core import unknown
+from .core import default_device, unknown
 from nbutils.experiment import (
     SIZES,
     TASKS,
@@ -122,7 +122,7 @@ def _run(args):
     task = get_task(args.task)
     every = [c.row for c in task.configs if c.size == args.size] or [args.rows[0]]
     rows = every if args.rows == ["all"] else args.rows
-    _check_device(args.device)
+    _check_device(args.device, args.size)
     configs = [task.config(row, args.size) for row in rows]
     cells = [(config, seed) for seed in args.seeds for config in configs]
     cells = share(cells, args.shard)
@@ -142,9 +142,13 @@ def _run(args):
     return 0
 
 
-def _check_device(name):
+def _check_device(name, size):
     import torch
 
+    if name is None and size in ("colab", "full") and default_device().type == "cpu":
+        raise ValueError(f"size {size} is made for a GPU, and none is here: what takes a "
+                         "GPU minutes to an hour takes a processor days. Take --size "
+                         "laptop, or insist with --device cpu; nothing was started")
     try:
         torch.empty(0, device=name)
     except Exception as error:  # torch raises many kinds for what is not there

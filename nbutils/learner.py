@@ -15,7 +15,7 @@ import sys
 import time
 
 import torch
-import torch.nn.functional as F
+from torch import nn
 
 from .core import default_device, unknown
 from .optimizer import NonFiniteError
@@ -24,7 +24,8 @@ from .optimizer import NonFiniteError
 class NonFiniteLoss(NonFiniteError):
     """The loss became NaN or infinite.
 
-    The message names the step, the epoch and the learning rate.
+    The message names the step, the epoch and the learning rate; with ``clip_norm`` also
+    the gradient's norm, and the first step whose norm was not finite.
     """
 
 # %% ../nbs/07-learner.ipynb #callback
@@ -106,17 +107,19 @@ class _Loop:
         self._call("before_fit")
         while self.epoch < epochs:
             start = time.perf_counter()
-            losses = torch.zeros(len(self.train), device=self.device)
+            losses, norms = torch.zeros(2, len(self.train), device=self.device)
             self._begin_epoch()
             self._call("before_epoch")
             for i, (x, y) in enumerate(self.train):
                 self.set_hypers(self.step / (epochs * len(self.train)))
                 self._call("before_batch")
                 losses[i] = self.train_step(x, y)
+                if self.clip_norm is not None:
+                    norms[i] = self._norm
                 self.step += 1
                 self._call("after_step")
             self.epoch += 1
-            self._end_epoch(losses, start)
+            self._end_epoch(losses, norms, start)
             self._call("after_epoch")
         self._call("after_fit")
         return self.history
@@ -137,7 +140,7 @@ class _Step:
         if self.clip_norm is not None or self._listens("before_step"):
             self.scaler.unscale_(self.optimizer)
         if self.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+            self._norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
         self._call("before_step")
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -171,8 +174,7 @@ class _Hypers:
         for name, schedule in self.schedules.items():
             value = schedule(progress)
             for group, place in zip(groups, self._places[name]):
-                scaled = place == "lr" and "lr_scale" in group
-                new = value * group["lr_scale"] if scaled else value
+                new = value * group.get("lr_scale", 1) if place == "lr" else value
                 group[place] = (new, *group["betas"][1:]) if place == "betas" else new
         first = groups[0]
         momentum = first["betas"][0] if "betas" in first else first.get("momentum", 0.0)
@@ -273,26 +275,28 @@ class _Recorder:
         if hasattr(self.train, "set_epoch"):
             self.train.set_epoch(self.epoch)
 
-    def _end_epoch(self, losses, start):
-        losses = losses.tolist()  # the one place that waits for the device
+    def _end_epoch(self, losses, norms, start):
+        # the one place that waits for the device
+        losses, self._norms = torch.stack((losses, norms)).tolist()
         self.trace["loss"] += losses
         for i, loss in enumerate(losses):
-            if not math.isfinite(loss):
-                step = self.step - len(losses) + i
-                self._refuse("loss", loss, step, f"batch {i}")
+            self._check("loss", loss, i - len(losses), f", batch {i}")
         self._check_weights()
         row = {"epoch": self.epoch, "loss": sum(losses) / len(losses)}
         seconds = time.perf_counter() - start
         if self.valid is not None:
             scores = self.evaluate()
             row |= {"valid_loss": scores.pop("loss"), **scores}
-            if not math.isfinite(row["valid_loss"]):
-                last = self.step - 1
-                self._refuse("validation loss", row["valid_loss"], last, "after it")
+            self._check("validation loss", row["valid_loss"], -1, ", after it")
         row |= {name: self.trace[name][-1] for name in ("lr", "momentum")}
         row["seconds"] = seconds
         row["valid_seconds"] = time.perf_counter() - start - seconds
         self.history.append(row)
+
+    def _check(self, what, value, back, where):
+        if not math.isfinite(value):
+            raise NonFiniteLoss(f"the {what} is {value} at {self._say(back, where)}: "
+                                "lower lr, set or lower clip_norm, look at that batch")
 
     def _check_weights(self):
         named = dict(self.model.named_parameters())
@@ -300,33 +304,35 @@ class _Recorder:
         broken = [name for name, good in zip(named, whole.tolist()) if not good]
         if broken:
             raise NonFiniteError(
-                f"after step {self.step - 1} (epoch {self.epoch}), lr "
-                f"{self.trace['lr'][-1]:g}, {len(broken)} of {len(named)} parameters are "
-                f"not finite, {broken[0]} the first: a gradient was NaN or infinite; lower "
-                "the learning rate or clip the gradient (clip_norm). To find the step, "
-                "call optimizer.check_finite() in a before_step callback")
+                f"after {self._say(-1)}, {len(broken)} of {len(named)} parameters are not "
+                f"finite, {broken[0]} the first: a gradient was NaN or infinite; lower lr, "
+                "set or lower clip_norm. To find the gradient, call "
+                "optimizer.check_finite() in a before_step callback")
 
-    def _refuse(self, what, value, step, where):
-        lr = self.trace["lr"][step]
-        raise NonFiniteLoss(f"the {what} is {value} at step {step} (epoch {self.epoch}, "
-                            f"{where}), lr {lr:g}: lower the learning rate, clip the "
-                            "gradient, or look at that batch")
+    def _say(self, back, where=""):
+        """Name the step so far back, its lr and, where clipping knew it, the norm."""
+        lr, finite = self.trace["lr"][back], [*map(math.isfinite, self._norms)]
+        text = f"step {self.step + back} (epoch {self.epoch}{where}), lr {lr:g}"
+        if self.clip_norm is not None:
+            text += f", gradient norm {self._norms[back]:g} before clipping"
+            if not (all(finite) or self.scaler.is_enabled()):  # fp16 skips such steps
+                first = self.step - len(finite) + finite.index(False)
+                text += f" (first not finite at step {first})"
+        return text
 
     def state_dict(self):
         """Return all that a later Learner needs to go on; take it between epochs."""
-        parts = ("model", "optimizer", "scaler")
-        state = {name: getattr(self, name).state_dict() for name in parts}
-        kept = {name: getattr(self, name) for name in _KEPT}
-        return state | copy.deepcopy(kept)
+        state = {name: getattr(self, name).state_dict() for name in _PARTS}
+        return state | copy.deepcopy({name: getattr(self, name) for name in _KEPT})
 
     def load_state_dict(self, state):
         """Take up what :meth:`state_dict` gave; ``fit`` then does the epochs left."""
-        for name in ("model", "optimizer", "scaler"):
+        for name in _PARTS:
             getattr(self, name).load_state_dict(state[name])
-        for name in _KEPT:
-            setattr(self, name, copy.deepcopy(state[name]))
+        vars(self).update(copy.deepcopy({name: state[name] for name in _KEPT}))
 
 
+_PARTS = ("model", "optimizer", "scaler")
 _KEPT = ("epoch", "step", "history", "trace")
 
 # %% ../nbs/07-learner.ipynb #learner
@@ -385,13 +391,13 @@ class Learner(_Loop, _Step, _Hypers, _Evaluation, _Recorder):
         For a schedule of a hyper-parameter that the optimizer does not have.
     """
 
-    def __init__(self, model, train, valid, optimizer, loss_fn=F.cross_entropy, *,
-                 schedules=None, callbacks=(), metrics=None, device=None,
-                 precision="fp32", clip_norm=None, channels_last=False, compile=False,
-                 progress=None):
+    def __init__(self, model, train, valid, optimizer,
+                 loss_fn=nn.functional.cross_entropy, *, schedules=None, callbacks=(),
+                 metrics=None, device=None, precision="fp32", clip_norm=None,
+                 channels_last=False, compile=False, progress=None):
         self.device = torch.device(device or default_device())
-        self.precision = best_precision(self.device) if precision == "auto" else precision
-        if self.precision not in PRECISIONS:
+        precision = best_precision(self.device) if precision == "auto" else precision
+        if precision not in PRECISIONS:
             raise ValueError(unknown("precision", precision, [*PRECISIONS, "auto"]))
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"clip_norm is {clip_norm}: give a positive norm, or None")
@@ -404,11 +410,10 @@ class Learner(_Loop, _Step, _Hypers, _Evaluation, _Recorder):
         options = {"mode": compile} if isinstance(compile, str) else options
         self.forward = torch.compile(model, **options) if compile else model
         self.train, self.valid, self.optimizer = train, valid, optimizer
-        self.loss_fn = loss_fn
+        self.loss_fn, self.clip_norm = loss_fn, clip_norm
+        self.precision, self.channels_last = precision, channels_last
         self.metrics = {"accuracy": accuracy} if metrics is None else metrics
-        self.clip_norm, self.channels_last = clip_norm, channels_last
-        fp16 = self.precision == "fp16"
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.callbacks, self.progress = list(callbacks), Progress(progress)
         self.epoch = self.step = self.epochs = 0
         self.history, self.trace = [], {"lr": [], "momentum": [], "loss": []}

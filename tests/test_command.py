@@ -284,6 +284,22 @@ def test_device_that_is_not_there(home):
         assert "cuda" in plain_failure(child.err).lower()
 
 
+@pytest.mark.parametrize("size", ["colab", "full"])
+def test_sizes_for_a_gpu_are_refused_without_one(home, monkeypatch, capsys, size):
+    """They would take days; who insists gives the device."""
+    from nbutils import command
+
+    started = []
+    monkeypatch.setattr(command, "default_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(command, "run", lambda config, seed, **how: started.append(how["device"]) or make_record())
+    assert main(["run", "cifar10", "adamw-30", "--size", size]) == 1
+    said = capsys.readouterr().err
+    assert not started and f"size {size}" in said and "--device cpu" in said and "laptop" in said
+    assert main(["run", "cifar10", "adamw-30", "--size", size, "--device", "cpu"]) == 0 and started == ["cpu"]
+    monkeypatch.setattr(command, "default_device", lambda: torch.device("cuda"))
+    assert main(["run", "cifar10", "adamw-30", "--size", size]) == 0 and started == ["cpu", None]
+
+
 def test_unknown_command_and_no_command(capsys):
     for words, text in (([], "COMMAND"), (["rnu", "cifar10"], "'rnu'"), (["run"], "task"), (["run", "cifar10"], "row")):
         with pytest.raises(SystemExit) as caught:

@@ -480,6 +480,78 @@ def test_gradient_that_breaks_with_the_last_batch(make, value):
     assert all(abs(loss) < float("inf") for loss in run.trace["loss"])
 
 
+def spoil(run, values):
+    """Let the gradient of a weight, before anybody clips it, hold a value at some steps; no loss of that step knows of it."""
+    def hook(gradient):
+        return gradient.clone().fill_(values[run.step]) if run.step in values else None
+
+    run.model[3].weight.register_hook(hook)
+    return run
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("step", [0, 2, 5])
+def test_an_explosion_under_clipping_names_the_norms(step, value):
+    """The loss breaks a step later than the gradient; of the epoch before nothing is said."""
+    run = spoil(learner(clip_norm=0.5, schedules={"lr": lambda t: 0.1 + t / 100}), {step: value})
+    with pytest.raises(NonFiniteLoss) as caught:
+        run.fit(3)
+    at = step + 1
+    assert str(caught.value) == (
+        f"the loss is nan at step {at} (epoch {at // 4 + 1}, batch {at % 4}), lr {0.1 + at / 1200:g}, gradient norm nan before "
+        f"clipping (first not finite at step {step}): lower lr, set or lower clip_norm, look at that batch")
+
+
+@pytest.mark.parametrize("value, broken", [("nan", "6 of 6"), ("inf", "1 of 6")])       # clipping multiplies by 1/nan or 1/inf
+def test_weights_that_break_with_the_last_batch_name_the_norm(value, broken):
+    with pytest.raises(NonFiniteError, match=rf"after step 7 \(epoch 2\), lr 0.1, gradient norm {value} before clipping "
+                                             rf"\(first not finite at step 7\), {broken} parameters are not finite"):
+        spoil(learner(clip_norm=0.5), {7: float(value)}).fit(3)
+
+
+@pytest.mark.parametrize("step", [1, 3, None], ids=["amid", "last", "validation"])
+def test_the_norm_is_that_step_s_before_clipping(step):
+    """A loss that breaks by itself, so that all gradients are finite: no step is named at which they broke."""
+    norms = []
+
+    class Look(Callback):
+        def before_step(self, learner):
+            norms.append(learner._norm.item())
+
+    def loss_fn(out, y):
+        bad = run.step == step if run.model.training else step is None
+        return F.cross_entropy(out, y) + (float("inf") if bad else 0.0)
+
+    run = learner(valid=pairs((4,)), loss_fn=loss_fn, clip_norm=1e-3, callbacks=[Look()])
+    with pytest.raises(NonFiniteLoss) as caught:
+        run.fit(1)
+    first, (x, y) = net(), pairs()[0]
+    F.cross_entropy(first(x), y).backward()
+    true = torch.cat([p.grad.flatten() for p in first.parameters()]).norm().item()
+    assert norms[0] == pytest.approx(true, rel=1e-5) and len({f"{norm:g}" for norm in norms}) == 4 and min(norms) > 1e-2
+    place = "after it" if step is None else f"batch {step}"
+    step = 3 if step is None else step
+    assert (f"at step {step} (epoch 1, {place}), lr 0.1, gradient norm {norms[step]:g} before clipping: lower lr"
+            in str(caught.value))
+
+
+@pytest.mark.parametrize("options", [{}, {"callbacks": [Gradients()]}], ids=["plain", "hook"])
+def test_without_clipping_no_norm_is_named(options):
+    with pytest.raises(NonFiniteLoss, match="lr 0.1: lower lr, set or lower clip_norm") as caught:
+        spoil(learner(**options), {1: float("nan")}).fit(1)
+    assert "norm nan" not in str(caught.value) and "before clipping" not in str(caught.value)
+
+
+def test_an_infinite_norm_is_no_news_in_fp16():
+    """The scaler skips the step of a gradient that overflowed, so it is not where a bad loss began."""
+    def loss_fn(out, y):
+        return F.cross_entropy(out, y) + (float("nan") if run.step == 3 else 0.0)
+
+    run = spoil(learner(precision="fp16", clip_norm=0.5, loss_fn=loss_fn), {1: float("inf")})
+    with pytest.raises(NonFiniteLoss, match=r"at step 3 \(epoch 1, batch 3\), lr 0.1, gradient norm \S+ before clipping: lower"):
+        run.fit(1)
+
+
 def test_gradients_are_looked_at_when_asked_for():
     run = learner(callbacks=[Spoil(2, look=True)])
     with pytest.raises(NonFiniteError, match="SGD: the gradient of parameter 4 of group 0 is not finite"):

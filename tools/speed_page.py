@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Write book/speed.md, the page of the benchmarks, from book/records/bench and book/records/steps.
+"""Write book/speed.md, the page of the benchmarks, from book/records/bench, steps, decode and epochs.
 
 The newest record of each machine is shown in full, older ones are listed. The page is made by
-`make book` and not committed. bench/bench.py and bench/steps.py make the
-records and say what is in them.
+`make book` and not committed. bench/bench.py, bench/steps.py, bench/decode.py and bench/epochs.py
+make the records and say what is in them.
 """
 import argparse
 import sys
@@ -15,6 +15,8 @@ PAGE = ROOT / "book" / "speed.md"
 sys.path.insert(0, str(ROOT / "bench"))
 
 from bench import epoch_seconds, find, load_records, median, ratios  # noqa: E402
+import decode  # noqa: E402
+import epochs  # noqa: E402
 import steps  # noqa: E402
 
 GOAL = 1.02                # our Learner over the plain loop, fed alike
@@ -36,6 +38,14 @@ EMPTY = "No benchmark is recorded yet: *not run*.\n"
 STEPS = """## The optimizer's step
 
 `make bench-steps` times AdamW's step alone, on the parameter sets of the book's three tasks, ours by each engine and torch's by each of its implementations, in turns; [chapter 5](../nbs/05-step-speed.ipynb) explains the engines and the floor, and judges the goals. Medians in ms; in brackets the median ratio to torch's fused function in the same round."""
+
+DECODE = """## From files to one tensor
+
+`make bench-decode` times `decode_pictures` of [appendix 7](../nbs/a7-pictures.ipynb) with one worker and with more, in turns, on files that lie in memory: the crops of Stanford Cars, and generated JPEGs of 640 x 480 as a stand-in for its whole pictures. Rates are of the median round. Beside them stands our own processor time, which a busy machine hardly moves."""
+
+EPOCHS = """## Epochs of the larger models
+
+`make bench-epochs` times training epochs of [chapter 16](../nbs/16-wikitext-2.ipynb)'s AWD-LSTM and QRNN and of [chapter 12](../nbs/12-cars.ipynb)'s whole net through the tasks' own Learners: on a GPU at full size, after a warm-up epoch, one run alone and several at once; on a CPU at laptop size. Each run is a process. Seconds are of training alone, median with the smallest and largest of n epochs; the rate is one run's; *together* counts all runs' over their common time, evaluations included. Memory is what torch allocated at most on a GPU, and the process' peak on a CPU. The goals, in seconds of an epoch at full size: {goals}."""
 
 
 def table(header, rows):
@@ -186,7 +196,57 @@ def steps_section(records):
     return parts
 
 
-def page(records, of_steps=()):
+def decode_section(records):
+    """The newest record of each machine; what was not run is said."""
+    parts = [DECODE] if records else [DECODE, EMPTY.strip()]
+    header = ["pictures", "kept", "n", "rounds", "workers", "a second", f"minutes for {decode.CARS:,}",
+              "times as fast as one", "processor ms a picture"]
+    for record in records:
+        measured = [case for case in record["cases"] if not case["not_run"]]
+        missing = [f"{case['pictures']}: *not run*, {case['not_run']}." for case in record["cases"] if case["not_run"]]
+        rows = []
+        for case in measured:
+            first = case["contenders"][0]["workers"]
+            for workers in (c["workers"] for c in case["contenders"]):
+                middle, low, high = decode.speedup(case, workers, first)
+                rows.append([f"{case['pictures']}, {case['bytes'] / 1e3:.0f} kB", f"{case['width']} x {case['side']}",
+                             f"{case['n']:,}", case["rounds"], workers, f"{decode.rate(case, workers):.0f}",
+                             f"{decode.minutes(case, workers):.2f}", f"{middle:.2f} ({low:.2f}–{high:.2f})",
+                             f"{decode.cpu_milliseconds(case, workers):.1f}"])
+        goals = [f"{case['pictures']}: {decode.verdict(case)}." for case in measured if decode.verdict(case)]
+        parts += [f"### Decoding on {machine(record)}",
+                  f"{conditions(record, 'decode')} {' '.join(missing)}".strip(), table(header, rows), "\n".join(f"- {g}" for g in goals)]
+    return parts
+
+
+def epochs_row(case):
+    """A case as a line of the table."""
+    row = [epochs.MODELS[case["model"]], f"{case['device']}, {case['size']}", case["at_once"]]
+    if case["not_run"]:
+        return row + [f"not run: {case['not_run']}"] + ["–"] * 5
+    middle, low, high, n = epochs.epoch_seconds(case)
+    return row + [f"{middle:.3g} ({low:.3g}–{high:.3g})", n, f"{epochs.tokens_per_second(case):,.0f}",
+                  f"{epochs.joint_tokens_per_second(case):,.0f}", f"{epochs.peak_mb(case):,.0f}", epochs.verdict(case)]
+
+
+def epochs_section(records):
+    """The newest record of each machine; cards with a goal that none has seen are said."""
+    goals = "; ".join(f"{epochs.MODELS[model]} " + ", ".join(f"{card} {seconds:g} s" for card, seconds in cards.items())
+                      for model, cards in epochs.GOALS.items())
+    parts = [EPOCHS.format(goals=goals)]
+    header = ["model", "size", "runs at once", "s an epoch", "n", "tokens or pictures/s", "together", "peak, MB", "goal"]
+    for record in records:
+        cases = [case for case in record["cases"] if "model" in case]
+        missing = [f"{case['device']}: *not run*, {case['not_run']}." for case in record["cases"] if "model" not in case]
+        parts += [f"### Epochs on {machine(record)}", f"{conditions(record, 'epochs')} {' '.join(missing)}".strip(),
+                  table(header, map(epochs_row, cases))]
+    seen = {card for record in records for case in record["cases"] if not case["not_run"] and epochs.goal(case)
+            for card in case["goals"] if card in case["device_name"].split()}
+    cards = dict.fromkeys(card for cards in epochs.GOALS.values() for card in cards)
+    return parts + [" ".join(f"{card}: *not run*." for card in cards if card not in seen)] * bool(cards.keys() - seen)
+
+
+def page(records, of_steps=(), of_decode=(), of_epochs=()):
     """The whole page as Markdown; records come newest first."""
     parts, older, shown = [HEAD], [], set()
     for record in records:
@@ -201,7 +261,8 @@ def page(records, of_steps=()):
     if not any(found["device"] == "cuda" for record in records for found in record["sets"]):
         parts.append("No benchmark of the loops has seen a GPU so far: *not run*.")
     parts = parts if records else [HEAD, EMPTY.strip()]
-    return "\n\n".join([*parts, *steps_section(of_steps)]).rstrip() + "\n"
+    parts += [*steps_section(of_steps), *epochs_section(of_epochs), *decode_section(of_decode)]
+    return "\n\n".join(parts).rstrip() + "\n"
 
 
 def main():
@@ -211,8 +272,11 @@ def main():
     chosen = parser.parse_args()
     records = load_records(chosen.records)
     of_steps = steps.newest(chosen.records.parent / "steps")
-    chosen.page.write_text(page(records, of_steps), encoding="utf-8")
-    print(f"{chosen.page.name}: {len(records)} benchmarks of loops, {len(of_steps)} of steps")
+    of_decode = decode.newest(chosen.records.parent / "decode")
+    of_epochs = epochs.newest(chosen.records.parent / "epochs")
+    chosen.page.write_text(page(records, of_steps, of_decode, of_epochs), encoding="utf-8")
+    print(f"{chosen.page.name}: {len(records)} benchmarks of loops, {len(of_steps)} of steps, {len(of_epochs)} of epochs, "
+          f"{len(of_decode)} of decoding")
     return 0
 
 

@@ -26,7 +26,7 @@ from nbutils.experiment import SIZES, TASKS, get_task
 
 ROOT = Path(__file__).resolve().parent.parent
 # Folders beside the tasks' own, whose records have forms of their own (see bench/).
-OTHERS = ("bench", "cache", "conformance", "counterexamples", "qrnn", "steps")
+OTHERS = ("bench", "cache", "cases", "conformance", "counterexamples", "decode", "epochs", "qrnn", "samples", "steps")
 ASIDE = re.compile(r"\d+\.recipe\d+-[0-9a-f]{16}(-\d+)?\.json")     # set aside by a newer run
 BLOCK = re.compile(r"<!-- table:(\w+):(\w+) -->\n(.*?)<!-- /table -->", re.S)
 LINK = re.compile(r"runs\.html#(\w+?)-(\w+?)-(.+)")
