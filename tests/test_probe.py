@@ -105,7 +105,8 @@ def build(folder):
     for name in published.PAGES:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("<!doctype html><html><head><title>x</title></head><body>y</body></html>")
+        path.write_text('<!doctype html><html><head lang="en"><title>x</title></head><body>y</body></html>')
+    (folder / "index.html").write_text('<meta http-equiv="Refresh" content="0; url=book/intro.html" />\n')  # as Jupyter Book writes it
 
 
 def test_marked_pages(served):

@@ -19,15 +19,17 @@ FOUND = re.compile(r'<meta name="book-commit" content="([0-9a-f]*)"/>')
 
 
 def stamp(site, commit):
-    """Write the mark into the head of each page; return the number of pages."""
+    """Write the mark into each page; return the number of pages."""
     if not re.fullmatch(r"[0-9a-f]{40}", commit):
         raise SystemExit(f"{commit!r} is no commit: give its 40 hexadecimal digits")
     pages = 0
     for path in sorted(site.rglob("*.html")):
         text = FOUND.sub("", path.read_text(encoding="utf-8"))
-        if "<head>" in text:
-            path.write_text(text.replace("<head>", f"<head>{MARK.format(commit)}", 1), encoding="utf-8")
-            pages += 1
+        mark = MARK.format(commit)
+        head = re.search(r"<head[^>]*>", text)  # the first page, which only leads on to another, has none
+        text = text[:head.end()] + mark + text[head.end():] if head else mark + text
+        path.write_text(text, encoding="utf-8")
+        pages += 1
     missing = [name for name in PAGES if not (site / name).is_file() or not FOUND.search((site / name).read_text(encoding="utf-8"))]
     if missing:
         raise SystemExit(f"{site} lacks {', '.join(missing)}: was the book built whole?")
