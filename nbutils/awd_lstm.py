@@ -18,7 +18,7 @@ def _check_share(name, p):
     if not 0 <= p < 1:
         raise ValueError(f"{name} is {p}: a share in [0, 1) is dropped, 0 for nothing")
 
-
+# %% ../nbs/13-awd-lstm.ipynb #locked-class
 class LockedDropout(nn.Module):
     """Drop features of a sequence, the same ones at all of its steps.
 
@@ -35,8 +35,8 @@ class LockedDropout(nn.Module):
         """Return x with its features dropped."""
         if not self.training or self.p == 0:
             return x
-        mask = x.new_empty(1, *x.shape[1:]).bernoulli_(1 - self.p)  # [1, streams, features]
-        return x * mask.div_(1 - self.p)
+        mask = x.new_empty(1, *x.shape[1:]).bernoulli_(1 - self.p)
+        return x * mask.div_(1 - self.p)  # the mask: [1, streams, features]
 
     def extra_repr(self):
         """Say p when the module is printed."""
@@ -63,7 +63,8 @@ class EmbeddingDropout(nn.Module):
         vectors = self.embedding(tokens)
         if not self.training or self.p == 0:
             return vectors
-        words = vectors.new_empty(self.embedding.num_embeddings, 1).bernoulli_(1 - self.p)
+        words = vectors.new_empty(self.embedding.num_embeddings, 1)
+        words.bernoulli_(1 - self.p)
         return vectors * words.div_(1 - self.p)[tokens]  # [..., 1]
 
 # %% ../nbs/13-awd-lstm.ipynb #weight-drop
@@ -74,8 +75,8 @@ class WeightDropLSTM(nn.Module):
     ----------
     input_size, hidden_size : int
     weight_drop : float
-        The share of the recurrent matrix that is dropped in training. Merity, Keskar and
-        Socher (2018), section 2.
+        The share of the recurrent matrix that is dropped in training. Merity, Keskar
+        and Socher (2018), section 2.
     """
 
     def __init__(self, input_size, hidden_size, weight_drop=0.0):
@@ -83,7 +84,8 @@ class WeightDropLSTM(nn.Module):
         _check_share("weight_drop", weight_drop)
         for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
             if size < 1:
-                raise ValueError(f"{name} is {size}: give the number of features, 1 or more")
+                raise ValueError(f"{name} is {size}: give the number of features, "
+                                 "1 or more")
         self.input_size, self.hidden_size = input_size, hidden_size
         self.weight_drop = weight_drop
         shapes = {"weight_ih": (4 * hidden_size, input_size),
@@ -123,15 +125,17 @@ class WeightDropLSTM(nn.Module):
                              f"{self.input_size}]")
         shape = (x.shape[1], self.hidden_size)
         if state is not None and any(s.shape != shape for s in state):
-            raise ValueError(f"the state has shapes {[list(s.shape) for s in state]}: give "
-                             f"h and c, each {list(shape)}, or None")
+            found = [list(s.shape) for s in state]
+            raise ValueError(f"the state has shapes {found}: give h and c, each "
+                             f"{list(shape)}, or None")
         kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        auto = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if auto else None
         x = x.to(dtype or x.dtype)
         if state is None:
             state = 2 * (x.new_zeros(shape),)
         hx = tuple(s.to(x.dtype).unsqueeze(0).contiguous() for s in state)
-        with torch.autocast(kind, enabled=False):  # NB: torch would choose fp16 for bf16
+        with torch.autocast(kind, enabled=False):  # NB: torch would take fp16 for bf16
             out, h, c = torch.lstm(x, hx, self.weights(dtype), True, 1, 0.0,
                                    self.training, False, False)
         return out, (h[0], c[0])
@@ -155,8 +159,8 @@ class LanguageModel(nn.Module):
         Number of words, and of features of a word vector.
     layers : sequence of torch.nn.Module
         Each maps (x [steps, streams, input_size], state or None) to (out, state), and
-        has an ``input_size`` and a ``hidden_size``; the first reads word vectors and the
-        last gives some.
+        has an ``input_size`` and a ``hidden_size``; the first reads word vectors and
+        the last gives some.
     embedding_dropout, input_dropout, hidden_dropout, output_dropout : float
         Of words; of word vectors' features; between layers; before the decoder.
 
@@ -175,8 +179,9 @@ class LanguageModel(nn.Module):
                 raise ValueError(f"layer {i} reads {layer.input_size} features, and is "
                                  f"given {size}: make its input_size {size}")
         if sizes[-1] != embedding:
-            raise ValueError(f"the last layer gives {sizes[-1]} features, and the decoder "
-                             f"shares word vectors of {embedding}: make them equal")
+            raise ValueError(f"the last layer gives {sizes[-1]} features, and the "
+                             f"decoder shares word vectors of {embedding}: make them "
+                             "equal")
         self.embedding = nn.Embedding(vocabulary, embedding)
         self.embedding.weight.data.uniform_(-0.1, 0.1)
         self.bias = nn.Parameter(torch.empty(vocabulary).uniform_(-0.05, 0.05))
@@ -212,8 +217,10 @@ def awd_lstm(vocabulary=33_279, embedding=400, hidden=1150, n_layers=3, *,
         33,278 words and one for padding.
     embedding, hidden, n_layers : int
         The last layer has as many units as a word vector has features.
-    weight_drop, embedding_dropout, input_dropout, hidden_dropout, output_dropout : float
-        As in :class:`WeightDropLSTM` and :class:`LanguageModel`.
+    weight_drop : float
+        As in :class:`WeightDropLSTM`.
+    embedding_dropout, input_dropout, hidden_dropout, output_dropout : float
+        As in :class:`LanguageModel`.
 
     Returns
     -------
@@ -223,7 +230,8 @@ def awd_lstm(vocabulary=33_279, embedding=400, hidden=1150, n_layers=3, *,
         raise ValueError(f"n_layers is {n_layers}: there must be one layer at least")
     sizes = [embedding, *[hidden] * (n_layers - 1), embedding]
     layers = [WeightDropLSTM(a, b, weight_drop) for a, b in zip(sizes, sizes[1:])]
-    return LanguageModel(vocabulary, embedding, layers, embedding_dropout=embedding_dropout,
+    return LanguageModel(vocabulary, embedding, layers,
+                         embedding_dropout=embedding_dropout,
                          input_dropout=input_dropout, hidden_dropout=hidden_dropout,
                          output_dropout=output_dropout)
 
@@ -233,8 +241,8 @@ class Carried(nn.Module):
 
     The state is forgotten whenever ``train()`` or ``eval()`` is called, as the Learner
     does at the start of an epoch and of an evaluation, and where the number of streams
-    changes. ``model`` is a :class:`LanguageModel`, or anything that maps (tokens, state)
-    to a :class:`LanguageOutput`.
+    changes. ``model`` is a :class:`LanguageModel`, or anything that maps (tokens,
+    state) to a :class:`LanguageOutput`.
     """
 
     def __init__(self, model):
@@ -247,13 +255,13 @@ class Carried(nn.Module):
         return super().train(mode)
 
     def forward(self, tokens):
-        """Read the next tokens [steps, streams] and return a :class:`LanguageOutput`."""
+        """Read the next tokens [steps, streams]; return a :class:`LanguageOutput`."""
         state = self.state if self._streams == tokens.shape[1] else None
         out = self.model(tokens, state)
         self.state, self._streams = detached(out.state), tokens.shape[1]
         return out
 
-
+# %% ../nbs/13-awd-lstm.ipynb #detached
 def detached(state):
     """Return a state (a tensor, or plain lists and tuples) cut from its history."""
     if state is None or torch.is_tensor(state):
@@ -273,7 +281,7 @@ def token_loss(output, targets):
     """
     return F.cross_entropy(output.logits.flatten(0, 1).float(), targets.flatten())
 
-
+# %% ../nbs/13-awd-lstm.ipynb #regularized-loss-class
 class RegularizedLoss:
     """Cross-entropy with penalties on the activations (AR and TAR).
 

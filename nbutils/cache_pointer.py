@@ -69,6 +69,39 @@ def _evaluate(model, tokens, chunk):
         del out, logits                     # before the next chunk asks for as much
     return Evaluation(log_probs, raw, tokens[1:])
 
+# %% ../nbs/15-cache-pointer.ipynb #full-float32
+_BACKENDS = torch.backends
+_ROUNDERS = (_BACKENDS.cudnn.rnn, _BACKENDS.cudnn.conv, _BACKENDS.cuda.matmul,
+             _BACKENDS.mkldnn.rnn, _BACKENDS.mkldnn.conv, _BACKENDS.mkldnn.matmul)
+
+
+def _read(switch):
+    try:
+        return switch()
+    except RuntimeError:        # an older switch cannot say what the newer ones do
+        return None
+
+
+@contextmanager
+def _full_float32():
+    """No TF32 and no bfloat16 in float32's place; afterwards all is as it was."""
+    cudnn = _read(lambda: _BACKENDS.cudnn.allow_tf32)
+    products = _read(torch.get_float32_matmul_precision)
+    kept = [part.fp32_precision for part in _ROUNDERS]
+    _BACKENDS.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    for part in _ROUNDERS:
+        part.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        if cudnn is not None:
+            _BACKENDS.cudnn.allow_tf32 = cudnn
+        if products is not None:
+            torch.set_float32_matmul_precision(products)
+        for part, precision in zip(_ROUNDERS, kept):
+            part.fp32_precision = precision
+
 # %% ../nbs/15-cache-pointer.ipynb #evaluate-tokens
 class Evaluation(NamedTuple):
     """What a model made of a text of n tokens: its targets are all but the first.
@@ -89,6 +122,7 @@ class Evaluation(NamedTuple):
 
 
 @torch.no_grad()
+@_full_float32()
 def evaluate_tokens(model, tokens, *, chunk=1000):
     """Evaluate a language model on each token of a text, its state carried through.
 
@@ -118,7 +152,8 @@ def evaluate_tokens(model, tokens, *, chunk=1000):
     Notes
     -----
     Runs in evaluation mode and without gradients; each module's ``training`` flag is
-    put back, whatever happens. Autocast is the caller's affair.
+    put back, whatever happens. float32 is float32: TF32 is off meanwhile, on a GPU too.
+    Autocast is the caller's affair.
     """
     _whole("chunk", chunk)
     _check_stream(tokens)

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from .amsgrad import Adam, AdamW
-from .awd_lstm import Carried, LanguageModel, RegularizedLoss, awd_lstm, token_loss
+from .awd_lstm import Carried, LanguageModel, RegularizedLoss
+from .awd_lstm import awd_lstm, token_loss
 from .cache_pointer import CACHE_2018, add_cache, evaluate_tokens, perplexity
 from .core import unknown
 from .experiment import Config, Task, register
@@ -62,8 +63,9 @@ class Vocabulary:
         for i, line in enumerate(_lines(text), 1):
             for word in [*line.split(), "<eos>"]:
                 if word not in self._numbers:
-                    raise ValueError(f"{source}, line {i}: {word!r} is not in the vocabulary "
-                                     f"of {len(self):,} words: is this the right text?")
+                    raise ValueError(
+                        f"{source}, line {i}: {word!r} is not in the vocabulary of "
+                        f"{len(self):,} words: is this the right text?")
                 numbers.append(self._numbers[word])
         if not numbers:
             raise ValueError(f"{source} is empty: there is nothing to read")
@@ -74,9 +76,9 @@ class Vocabulary:
         text = " ".join(self.words[int(i)] for i in numbers).replace("<eos>", "\n")
         return text.replace(" \n", "\n").replace("\n ", "\n")
 
-
+# %% ../nbs/16-wikitext-2.ipynb #lines
 def _lines(text):
-    return text.split("\n")[:-1] if text.endswith("\n") else text.split("\n") if text else []
+    return text.removesuffix("\n").split("\n") if text else []
 
 
 def _tokens(text):
@@ -109,28 +111,28 @@ class Corpus:
         splits = [t[: int(len(t) * share)] for t in (self.train, self.valid, self.test)]
         if min(len(t) for t in splits) < 2:
             raise ValueError(f"share is {share}: nothing is left of a text; keep more")
-        counts = Counter(splits[0].tolist())
-        words = self.vocabulary.words
-        kept = Vocabulary(["<unk>", *(words[i] for i in counts if counts[i] >= at_least)])
-        unk = kept.words.index("<unk>")
-        new = torch.tensor([kept._numbers.get(word, unk) for word in words])
+        seen, words = Counter(splits[0].tolist()), self.vocabulary.words
+        kept = Vocabulary(["<unk>", *(words[i] for i in seen if seen[i] >= at_least)])
+        new = torch.tensor([kept._numbers.get(word, 1) for word in words])  # 1: <unk>
         return Corpus(*(new[t] for t in splits), kept)
 
-
+# %% ../nbs/16-wikitext-2.ipynb #load-wikitext2
 WIKITEXT2_SHA256 = {
     "train": "9e9fa1ad55b1c2c95b08e37dd8e653f638fac2c6de904b79e813611eefbc985f",
     "valid": "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
     "test": "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0",
 }
-WIKITEXT2_URL = ("https://raw.githubusercontent.com/pytorch/examples/77f55b912142e11fcfdf5b"
-                 "530231fb9c52f181e8/word_language_model/data/wikitext-2/{split}.txt")
+WIKITEXT2_URL = ("https://raw.githubusercontent.com/pytorch/examples/"
+                 "77f55b912142e11fcfdf5b530231fb9c52f181e8/"
+                 "word_language_model/data/wikitext-2/{split}.txt")
 
 
 def load_wikitext2(root=None, download_missing=True):
     """Return the :class:`Corpus` WikiText-2, fetched, checked and decoded once.
 
     Looked for in this order: the decoded copy wikitext2.pt, made at the first call; the
-    folder wikitext-2 with train.txt, valid.txt and test.txt; the repository that has them.
+    folder wikitext-2 with train.txt, valid.txt and test.txt; the repository that has
+    them.
 
     Parameters
     ----------
@@ -149,7 +151,7 @@ def load_wikitext2(root=None, download_missing=True):
                  lambda: _decode(root, download_missing))
     return Corpus(*(got[s].long() for s in WIKITEXT2_SHA256), Vocabulary(got["words"]))
 
-
+# %% ../nbs/16-wikitext-2.ipynb #decode
 def _decode(root, fetch):
     texts = {}
     for split, sha256 in WIKITEXT2_SHA256.items():
@@ -157,11 +159,11 @@ def _decode(root, fetch):
         if fetch and not path.exists():
             download(WIKITEXT2_URL.format(split=split), path, sha256=sha256)
         if not path.exists():
-            raise FileNotFoundError(f"{path} is missing: run `nbutils data wikitext2`, or "
-                                    "put the file there by hand")
+            raise FileNotFoundError(f"{path} is missing: run `nbutils data wikitext2`, "
+                                    "or put the file there by hand")
         texts[split] = verify(path, sha256=sha256).read_text(encoding="utf-8")
     vocabulary = Vocabulary(_tokens(texts["train"]))
-    numbers = {s: vocabulary.encode(text, f"{s}.txt").int() for s, text in texts.items()}
+    numbers = {s: vocabulary.encode(t, f"{s}.txt").int() for s, t in texts.items()}
     return numbers | {"words": vocabulary.words}
 
 # %% ../nbs/16-wikitext-2.ipynb #smoke-corpus
@@ -217,14 +219,14 @@ class Streams:
 
     def __init__(self, tokens, streams, steps=70, *, vary=True, seed=0, device="cpu"):
         if vary and steps < 10:
-            raise ValueError(f"steps is {steps}: pieces of varied length need 10 or more; "
-                             "or give vary=False")
+            raise ValueError(f"steps is {steps}: pieces of varied length need 10 or "
+                             "more; or give vary=False")
         length = len(tokens) // max(streams, 1)
         need = 2 * steps + 26 if vary else 2
         if streams < 1 or steps < 1 or length < need:
-            raise ValueError(f"{len(tokens):,} tokens in {streams} streams are {length} "
-                             f"each, and pieces of {steps} need {need}: take fewer streams "
-                             "or shorter pieces")
+            raise ValueError(f"{len(tokens):,} tokens in {streams} streams are "
+                             f"{length} each, and pieces of {steps} need {need}: take "
+                             "fewer streams or shorter pieces")
         cut = tokens[: length * streams].view(streams, length)
         self.text = cut.t().contiguous().to(device)  # [length, streams]
         self.steps, self.vary, self.seed, self.epoch = steps, vary, seed, 0
@@ -239,13 +241,13 @@ class Streams:
 
     def lengths(self):
         """Return the lengths of this epoch's pieces, as a list."""
-        n = len(self.text) - 1
+        n, pieces = len(self.text) - 1, len(self)
         if not self.vary:
             return [min(self.steps, n - i) for i in range(0, n, self.steps)]
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        rng = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         while True:  # again where they would overrun the text: rare in a long one
-            half = torch.rand(len(self), generator=generator) < 0.05
-            drawn = self.steps * (1 - half / 2) + 5 * torch.randn(len(self), generator=generator)
+            half = torch.rand(pieces, generator=rng) < 0.05
+            drawn = self.steps * (1 - half / 2) + 5 * torch.randn(pieces, generator=rng)
             found = [self.steps + 25, *drawn.int().clamp(min=5).tolist()[1:]]
             if sum(found) <= n:
                 return found
@@ -264,8 +266,8 @@ _IDLE = {"adam": "weight_decay", "adamw": "l2"}  # what an optimizer would not u
 
 @dataclass(frozen=True, kw_only=True)
 class Wikitext2Config(Config):
-    """One row of the WikiText-2 tables; the defaults are the article's for its LSTM, but
-    for the decay, which the rows give.
+    """One row of the WikiText-2 tables; the defaults are the article's for its LSTM,
+    but for the decay, which the rows give.
 
     Attributes
     ----------
@@ -324,7 +326,7 @@ class Wikitext2Config(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        known = {"model": _MODELS, "optimizer": _IDLE, "precision": [*PRECISIONS, "auto"]}
+        known = dict(model=_MODELS, optimizer=_IDLE, precision=[*PRECISIONS, "auto"])
         for name, allowed in known.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(unknown(name, getattr(self, name), allowed))
@@ -337,10 +339,9 @@ _MODEL = {
     "lstm": {"model": "lstm"},
     "qrnn": {"model": "qrnn", "hidden": 1550, "n_layers": 4, "alpha": 2.0, "beta": 1.0},
 }
-_DECAY = {"lstm": 1.2e-6, "qrnn": 1e-6}
 ROWS = {
     f"{model}-{name}": _MODEL[model] | settings
-    for model, decay in _DECAY.items()
+    for model, decay in {"lstm": 1.2e-6, "qrnn": 1e-6}.items()
     for name, settings in {
         "adam": {"l2": decay},
         "adam-amsgrad": {"l2": decay, "amsgrad": True},
@@ -349,6 +350,9 @@ ROWS = {
         "adamw-timescale": {"optimizer": "adamw", "weight_decay": 0.08},
     }.items()
 }
+ROWS["lstm-adam-ar-dropped"] = ROWS["lstm-adam"] | {"on": "dropped"}
+
+# %% ../nbs/16-wikitext-2.ipynb #sizes
 _LAPTOP = {"epochs": 4, "share": 0.1, "streams": 20, "steps": 35, "embedding": 128,
            "dropout": 0.2}
 _SMOKE = {"epochs": 3, "streams": 5, "steps": 20, "embedding": 24, "hidden": 32,
@@ -363,10 +367,9 @@ def _rows():
         colab, laptop = (decay * 90 / n if row.endswith("timescale") else decay
                          for n in (15, _LAPTOP["epochs"]))
         yield replace(full, size="colab", epochs=15, weight_decay=colab)
-        hidden = {"lstm": 256, "qrnn": 384}[full.model]
         light = {"alpha": full.alpha / 5, "beta": full.beta / 5}
-        yield replace(full, size="laptop", hidden=hidden, weight_decay=laptop, **_LAPTOP,
-                      **light)
+        yield replace(full, size="laptop", weight_decay=laptop, **_LAPTOP, **light,
+                      hidden={"lstm": 256, "qrnn": 384}[full.model])
         yield replace(full, size="smoke", **_SMOKE, **light)
 
 # %% ../nbs/16-wikitext-2.ipynb #build
@@ -377,7 +380,7 @@ _CORPORA = {}
 
 
 def corpus_of(config):
-    """Return a row's :class:`Corpus`: help texts for smoke, else (a part of) WikiText-2."""
+    """Return a row's :class:`Corpus`: help texts, WikiText-2, or a part of it."""
     if config.size == "smoke":
         return help_topics()
     if config.share not in _CORPORA:
@@ -385,7 +388,7 @@ def corpus_of(config):
         _CORPORA[config.share] = whole if config.share == 1 else whole.cut(config.share)
     return _CORPORA[config.share]
 
-
+# %% ../nbs/16-wikitext-2.ipynb #make-model
 def make_model(config, vocabulary):
     """Return a row's :class:`nbutils.awd_lstm.LanguageModel`.
 
@@ -402,7 +405,7 @@ def make_model(config, vocabulary):
     layers = qrnn_layers(*sizes, dropouts.pop("weight_drop"))
     return LanguageModel(vocabulary, config.embedding, layers, **dropouts)
 
-
+# %% ../nbs/16-wikitext-2.ipynb #make-optimizer
 def make_optimizer(config, params, device="cpu"):
     """Return the optimizer of a row.
 
@@ -415,13 +418,13 @@ def make_optimizer(config, params, device="cpu"):
         On a GPU the step runs by the engine "fast", see :mod:`nbutils.engines`.
     """
     engine = "fast" if torch.device(device).type == "cuda" else "auto"
-    betas = config.momentum[0], config.beta2
-    options = {"lr": config.lr, "betas": betas, "amsgrad": config.amsgrad, "engine": engine}
+    options = {"lr": config.lr, "betas": (config.momentum[0], config.beta2),
+               "amsgrad": config.amsgrad, "engine": engine}
     if config.optimizer == "adam":
         return Adam(params, l2=config.l2, **options)
     return AdamW(params, weight_decay=config.weight_decay, **options)
 
-
+# %% ../nbs/16-wikitext-2.ipynb #build-learner
 def build(config, seed, device):
     """Return the Learner of a row for one seed.
 
@@ -434,16 +437,16 @@ def build(config, seed, device):
     device : str or torch.device
     """
     corpus = corpus_of(config)
-    cut = config.streams, config.steps
-    train = Streams(corpus.train, *cut, seed=seed, device=device)
-    valid = Streams(corpus.valid, *cut, vary=False, device=device)
-    model, steps = make_model(config, len(corpus.vocabulary)), config.epochs * len(train)
-    model = Carried(model.to(device))
-    schedules = one_cycle_held(config.lr, momentum=config.momentum, steps=steps)
-    return Learner(model, train, valid, make_optimizer(config, model.parameters(), device),
+    train = Streams(corpus.train, config.streams, config.steps, seed=seed, device=device)
+    valid = Streams(corpus.valid, config.streams, config.steps, vary=False, device=device)
+    model = Carried(make_model(config, len(corpus.vocabulary)).to(device))
+    optimizer = make_optimizer(config, model.parameters(), device)
+    schedules = one_cycle_held(config.lr, momentum=config.momentum,
+                               steps=config.epochs * len(train))
+    return Learner(model, train, valid, optimizer,
                    RegularizedLoss(config.alpha, config.beta, config.on),
-                   schedules=schedules, metrics={"token_loss": token_loss}, device=device,
-                   precision=config.precision, clip_norm=config.clip_norm)
+                   schedules=schedules, device=device, precision=config.precision,
+                   metrics={"token_loss": token_loss}, clip_norm=config.clip_norm)
 
 # %% ../nbs/16-wikitext-2.ipynb #score
 def score(learner, config):
@@ -459,8 +462,8 @@ def score(learner, config):
     -------
     dict of str to float
         ``valid``, ``test``: over every token. ``valid_cache``, ``test_cache``: with the
-        cache. ``valid_2018``, ``test_2018``: over whole chunks of 2,000 targets only, as
-        the scripts of 2018 counted, where there is one.
+        cache. ``valid_2018``, ``test_2018``: over whole chunks of 2,000 targets only,
+        as the scripts of 2018 counted, where there is one.
     """
     model, corpus, metrics = learner.model.model, corpus_of(config), {}
     for split in ("valid", "test"):
@@ -471,7 +474,7 @@ def score(learner, config):
             metrics[f"{split}_2018"] = perplexity(evaluation.log_probs, 2000)
     return metrics
 
-
+# %% ../nbs/16-wikitext-2.ipynb #task
 _FIGURES = {  # valid, test, valid with cache, test with cache
     "lstm-adam": "68.7 65.5 52.9 50.9", "lstm-adam-amsgrad": "69.4 66.5 53.1 51.3",
     "lstm-adamw": "68.9 65.7 52.8 50.9", "lstm-adamw-amsgrad": "72.7 69 57 54.7",
@@ -483,7 +486,7 @@ task = register(Task(
     name="wikitext2", configs=tuple(_rows()), build=build, score=score,
     data=load_wikitext2,
     columns={name: (name.replace("_", " with "), 1, 1) for name in _COLUMNS},
-    published={row: dict(zip(_COLUMNS, text.split())) for row, text in _FIGURES.items()},
+    published={row: dict(zip(_COLUMNS, s.split())) for row, s in _FIGURES.items()},
 ))
 
 # %% ../nbs/16-wikitext-2.ipynb #sample
@@ -525,12 +528,12 @@ def sample(model, vocabulary, prompt, n=40, *, temperature=1.0, seed=0):
     numbers = vocabulary.encode(prompt, "prompt")[:-1].tolist()  # without <eos>
     if not numbers:
         raise ValueError("the prompt has no word: give one at least")
-    generator, state, read = torch.Generator().manual_seed(seed), None, numbers
+    random, state, read = torch.Generator().manual_seed(seed), None, numbers
     model.eval()
     for _ in range(n):
         out = model(torch.tensor(read, device=device)[:, None], state)
         weights = (out.logits[-1, 0].float().cpu() / temperature).softmax(0)
-        read, state = [int(torch.multinomial(weights, 1, generator=generator))], out.state
+        read, state = [int(torch.multinomial(weights, 1, generator=random))], out.state
         numbers += read
     model.train(training)
     return vocabulary.decode(numbers)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from children import Child
 from torch import nn
 
 from nbutils.cache_pointer import (CACHE_2018, Evaluation, add_cache, cache_distribution, cache_log_probs,
@@ -113,6 +114,63 @@ def test_training_flags_are_put_back_one_by_one(fails):
     else:
         evaluate_tokens(model, tokens)
     assert [m.training for m in model.modules()] == before
+
+
+
+SWITCHES = {
+    "default": "",
+    "asked for": "torch.set_float32_matmul_precision('medium')",
+    "older": "b.cudnn.allow_tf32 = b.cuda.matmul.allow_tf32 = True",
+    "off": "b.cudnn.allow_tf32 = False",
+    "newer": "b.cudnn.rnn.fp32_precision, b.cudnn.conv.fp32_precision = 'ieee', 'tf32'; b.cuda.matmul.fp32_precision = 'tf32'",
+    "for all": "b.fp32_precision = 'tf32'",
+}
+
+
+def switches():
+    """What torch says of rounding in float32, by its older and its newer switches; None where it cannot say."""
+    b = torch.backends
+    found = [part.fp32_precision for part in (b.cudnn.rnn, b.cudnn.conv, b.cuda.matmul, b.mkldnn.rnn, b.mkldnn.conv, b.mkldnn.matmul)]
+    for read in (lambda: b.cudnn.allow_tf32, lambda: b.cuda.matmul.allow_tf32, torch.get_float32_matmul_precision):
+        try:
+            found.append(read())
+        except RuntimeError:
+            found.append(None)
+    return found
+
+
+def evaluate_under(setting):
+    """In a process of its own, for some of these switches cannot be put back: what they are before, inside, after; also an error."""
+    b = torch.backends  # noqa: F841
+    exec(SWITCHES[setting])
+    before, inside = switches(), []
+
+    class Looks(Small):
+        def forward(self, *args):
+            inside.append(switches())
+            if fail:
+                raise KeyError("amid")
+            return super().forward(*args)
+
+    fail = False
+    evaluate_tokens(Looks(), draw(8))
+    after, fail = [switches()], True
+    with pytest.raises(KeyError):
+        evaluate_tokens(Looks(), draw(8))
+    with pytest.raises(ValueError):
+        evaluate_tokens(Small(), draw(8), chunk=0)
+    print(json.dumps([before, inside, [*after, switches()]]))
+
+
+@pytest.mark.parametrize("setting", SWITCHES)
+def test_float32_is_float32_inside_and_afterwards_as_it_was(setting):
+    with Child(evaluate_under, setting) as child:
+        assert child.wait() == 0, child.err
+        before, inside, after = json.loads(child.out)
+    assert len(inside) == 3 and inside == [["ieee"] * 6 + [False, False, "highest"]] * 3
+    assert after == [before, before]
+    if setting != "off":
+        assert before[:2] != ["ieee"] * 2 and before[6] is not False, "there was nothing to switch off"
 
 
 def test_dropout_is_off():

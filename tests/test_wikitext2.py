@@ -210,10 +210,19 @@ def test_the_timescale_rows_keep_to_the_same_part_of_the_run():
 # --- rows ----------------------------------------------------------------------------------------
 def test_rows_and_published_figures():
     assert list(ROWS)[:4] == ["lstm-adam", "lstm-adam-amsgrad", "lstm-adamw", "lstm-adamw-amsgrad"]
-    assert len(ROWS) == 10 and set(task.published) == {row for row in ROWS if not row.endswith("timescale")}
+    assert len(ROWS) == 11 and list(ROWS)[-1] == "lstm-adam-ar-dropped", "a new row comes last: `nbutils todo` keeps their order"
+    assert set(task.published) == {row for row in ROWS if not row.endswith(("timescale", "dropped"))}
     assert task.published["lstm-adamw-amsgrad"] == {"valid": "72.7", "test": "69", "valid_cache": "57", "test_cache": "54.7"}
     for size in ("smoke", "laptop", "colab", "full"):
         assert task.rows(size) == list(ROWS)
+
+
+def test_the_row_that_asks_where_ar_acts_differs_in_nothing_else():
+    for size in ("full", "colab", "laptop", "smoke"):
+        row, other = task.config("lstm-adam-ar-dropped", size), task.config("lstm-adam", size)
+        assert (row.on, other.on) == ("dropped", "raw")
+        assert dataclasses.replace(row, row="lstm-adam", on="raw") == other
+    assert [build(config, 0, "cpu").loss_fn.on for config in (row, other)] == ["dropped", "raw"]
 
 
 def test_the_full_rows_are_the_recipe():
