@@ -49,7 +49,7 @@ records: $(READY)  ## write the pages of runs and speed from book/records
 	$(BIN)/python tools/records_page.py
 	$(BIN)/python tools/speed_page.py
 
-tables: $(READY)  ## bring README's tables up to the records
+tables: $(READY)  ## bring the tables of README, introduction and parts up to the records
 	$(BIN)/python tools/readme_tables.py
 
 book: export records  ## build the book; warnings are errors
