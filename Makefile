@@ -45,9 +45,10 @@ run-notebooks: export  ## export, then run all notebooks in order and store thei
 check-notebooks: $(READY)  ## check what the notebooks store, without running them
 	$(BIN)/python tools/nb.py check
 
-records: $(READY)  ## write the pages of runs and speed from book/records
+records: $(READY)  ## write the pages of runs, speed and status
 	$(BIN)/python tools/records_page.py
 	$(BIN)/python tools/speed_page.py
+	$(BIN)/python tools/status_page.py
 
 tables: $(READY)  ## bring the tables of README, introduction and parts up to the records
 	$(BIN)/python tools/readme_tables.py
@@ -96,6 +97,6 @@ survey: $(SURVEY_READY)  ## whose conventions do other libraries' optimizers fol
 	$(SURVEY)/bin/python bench/survey.py $(ARGS)
 
 clean:  ## remove what was built; environments and data stay
-	rm -rf _build .pytest_cache book/runs.md book/speed.md
+	rm -rf _build .pytest_cache book/runs.md book/speed.md book/status.md
 	find nbs nbutils tests tools bench book -name __pycache__ -prune -exec rm -rf {} +
 	find nbs -name .ipynb_checkpoints -prune -exec rm -rf {} +

@@ -3,7 +3,8 @@
 1. Notebook pages do not show nbdev's directives. `#| default_exp`, `#| export` and `#| hide`
    are taken out of the source as it is read; an exported cell gets the class `tag_exported`, by
    which custom.css flags it; a hidden cell is removed; a cell that held nothing else is dropped.
-   Titles get the chapter's number, from the file's name. Folded solutions fold their outputs.
+   Titles get the chapter's number, from the file's name; the line below the title gets a link to
+   the API page of the module that the chapter exports. Folded solutions fold their outputs.
 2. In docstrings `x` is code and |x| an absolute value, as in the chapters' Markdown.
 3. The API pages are nitpicky about our own names only. A type in a docstring that is torch's or
    Python's links to its documentation where the address is known, and is plain text elsewhere.
@@ -64,17 +65,37 @@ def number_of(docname):
     return match and (match[1] or match[2].upper())
 
 
+def module_of(cells):
+    """The module that a chapter exports, by its `default_exp`; None if it exports none."""
+    for cell in cells:
+        match = re.search(r"^#\|\s*default_exp\s+(\w+)", "".join(cell["source"]), re.M)
+        if match and cell["cell_type"] == "code":
+            return match[1]
+    return None
+
+
+def link_to_api(source, module):
+    """A chapter's first cell with a link to its module's page after the line below the title."""
+    package = module == "__init__"
+    page, name = ("index", "nbutils") if package else (module, f"nbutils.{module}")
+    line = f"> Exported as [`{name}`](../book/api/{page}.md)."
+    return re.sub(r"\A(# .*\n+(?:>.*\n)*>.*)$", lambda m: f"{m[1]}\n>\n{line}", source, count=1, flags=re.M)
+
+
 def read_notebook(app, docname, content):
     """Sphinx's source-read: change a notebook's JSON before MyST-NB parses it."""
     if not str(app.env.doc2path(docname)).endswith(".ipynb"):
         return
     notebook = json.loads(content[0])
     fold_solutions(notebook["cells"])
+    module = module_of(notebook["cells"])
     cells = (plain_cell(c) if c["cell_type"] == "code" else c for c in notebook["cells"])
     notebook["cells"] = [c for c in cells if c is not None]
     first, number = notebook["cells"][0], number_of(docname)
     if number:
         first["source"] = re.sub(r"\A# ", f"# {number} · ", "".join(first["source"]))
+    if module:
+        first["source"] = link_to_api("".join(first["source"]), module)
     content[0] = json.dumps(notebook)
 
 
