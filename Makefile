@@ -10,11 +10,13 @@ BENCH_READY := $(BENCH)/.installed
 SURVEY := .survey-venv
 SURVEY_READY := $(SURVEY)/.installed
 SITE := _build/html
+PDF := _build/weighing-adam.pdf
+PDF_PAGE := _build/singlehtml/book/intro.html
 JOBS ?= 2
 
 unexport IN_TEST           # under it, nbdev exports nothing and says nothing
 
-.PHONY: help install test book bench bench-loops bench-steps bench-qrnn bench-cache cases counterexamples survey export run-notebooks check-notebooks records tables clean
+.PHONY: help install test book pdf bench bench-loops bench-steps bench-qrnn bench-cache cases counterexamples survey export run-notebooks check-notebooks records tables clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -60,6 +62,13 @@ book: export records  ## build the book; warnings are errors
 	$(BIN)/python tools/check_site.py $(SITE)
 	@echo
 	@echo "The book: file://$(CURDIR)/$(SITE)/index.html"
+
+pdf: $(READY)  ## the book as one PDF, built after the site; needs Chromium
+	$(BIN)/python tools/pdf.py --check $(PDF_PAGE) $(PDF)
+	$(MAKE) book
+	$(BIN)/jupyter-book build . --builder singlehtml -n --keep-going
+	$(BIN)/python tools/pdf.py $(PDF_PAGE) $(PDF)
+	@echo "The book: $(CURDIR)/$(PDF)"
 
 $(BENCH_READY): bench/requirements.txt constraints.txt pyproject.toml | $(BIN)/uv
 	test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)

@@ -55,11 +55,13 @@ def test_api_page(module):
 @pytest.mark.parametrize("module", sorted(exported()))
 def test_every_public_name_has_an_entry(module):
     """autodoc shows functions and classes with docstrings; constants need a line of their own."""
+    source = (ROOT / "nbutils" / f"{module}.py").read_text("utf-8")
     loaded, page = importlib.import_module(f"nbutils.{module}"), (API / f"{module}.md").read_text("utf-8")
     for name in loaded.__all__:
         value = getattr(loaded, name)
         defined = isinstance(value, (type, types.FunctionType)) and value.__doc__
-        assert defined or f".. autodata:: nbutils.{module}.{name}\n" in page, \
+        commented = re.search(rf"^{name} = .*  #: \w", source, re.M)
+        assert defined or commented or f".. autodata:: nbutils.{module}.{name}\n" in page, \
             f"{name}: give it a docstring, or an autodata line in book/api/{module}.md"
 
 

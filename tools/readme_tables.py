@@ -7,6 +7,7 @@ A block between a mark and its end is replaced by what the records give now:
     <!-- table:TASK:SIZE:PREFIX -->   ... <!-- /table -->     the rows whose names begin with PREFIX
     <!-- cells -->                    ... <!-- /cells -->     CIFAR-10's four cells beside the article's
     <!-- verdicts -->                 ... <!-- /verdicts -->  how many claims held, and those that did not
+    <!-- verdicts:tally -->           ... <!-- /verdicts -->  how many claims held, in a sentence
     <!-- verdicts:NAME,NAME -->       ... <!-- /verdicts -->  some lines of the ledger
     <!-- loops -->                    ... <!-- /loops -->     what our Learner costs beside a plain loop
 
@@ -46,14 +47,18 @@ def table(name, size, prefix=""):
 
 
 def cells():
-    """The article's four cells of CIFAR-10: Adam with L2 and AdamW, without amsgrad and with it."""
+    """The article's four cells of CIFAR-10: Adam with L2 and AdamW, without amsgrad and with it.
+
+    Each figure links to its runs by the label that they have on their page, so this is for pages of the book.
+    """
     task, rows = get_task("cifar10"), []
     records = task.records("full", RECORDS)
     for kind, start in (("AdamW", "adamw-30"), ("Adam with L2", "adam-l2-30")):
         row = [f"**{kind}**"]
         for name in (start, f"{start}-amsgrad"):
             values = [100 * r.metrics["error"] for r in records if r.row == name]
-            mine = f"{mean_interval(values).format(2)} (n = {len(values)})" if values else "not run"
+            mine = (f"[{mean_interval(values).format(2)} (n = {len(values)})](#cifar10-full-{name})" if values
+                    else "not run")
             row += [mine, task.published[name]["error"]]
         rows.append(row)
     return Table(["test error, %", "ours", "article", "with amsgrad, ours", "article"], rows).to_markdown()
@@ -61,7 +66,7 @@ def cells():
 
 def verdicts(lines, names=""):
     """Some lines of the ledger; without names the tally, and the lines that did not hold."""
-    if names:
+    if names and names != "tally":
         unknown = set(names.split(",")) - {claim.name for claim in CLAIMS}
         if unknown:
             raise SystemExit(f"verdicts: no claim is called {', '.join(sorted(unknown))}")
@@ -71,7 +76,7 @@ def verdicts(lines, names=""):
     said = ", ".join(f"**{count[v]}** {'are *not run* yet' if v == 'not run' else v}" for v in VERDICTS if count[v])
     worse = [line for line in lines if line[1].verdict in ("weaker", "failed")]
     text = f"Of {len(lines)} claims of the article, each judged by a rule that was written before its runs, {said}."
-    return f"{text} Those that did not hold:\n\n{claims(worse)}" if worse else text
+    return f"{text} Those that did not hold:\n\n{claims(worse)}" if worse and not names else text
 
 
 def claims(lines):

@@ -5,7 +5,8 @@
    which custom.css flags it; a hidden cell is removed; a cell that held nothing else is dropped.
    Titles get the chapter's number, from the file's name; the line below the title gets a link to
    the API page of the module that the chapter exports. Folded solutions fold their outputs.
-2. In docstrings `x` is code and |x| an absolute value, as in the chapters' Markdown.
+2. In docstrings `x` is code and |x| an absolute value, as in the chapters' Markdown. A constant
+   shows what its API page says of it, not the docstring of its type.
 3. The API pages are nitpicky about our own names only. A type in a docstring that is torch's or
    Python's links to its documentation where the address is known, and is plain text elsewhere.
 4. MathJax is copied into the site, so that formulas can be read without a network. Its files
@@ -18,6 +19,7 @@ import shutil
 from pathlib import Path
 
 from docutils import nodes
+from sphinx.util.docstrings import prepare_docstring
 
 MATHJAX = ("tex-mml-chtml.js", "output/chtml/fonts/woff-v2", "input/tex/extensions")
 
@@ -102,6 +104,12 @@ def read_notebook(app, docname, content):
 CODE = re.compile(r"(:[\w:]+:`[^`]*`|``.+?``|`[^`]+`_{0,2})")
 
 
+def without_type(app, what, name, obj, options, lines):
+    """Autodoc's docstring hook: a constant without a docstring of its own does not show its type's."""
+    if what == "data" and lines and lines == prepare_docstring(type(obj).__doc__ or ""):
+        lines.clear()
+
+
 def plain_markup(app, what, name, obj, options, lines):
     """Autodoc's docstring hook: `x` is code as in Markdown, |x| and (a, *, b) mean themselves."""
     for number, line in enumerate(lines):
@@ -140,7 +148,7 @@ def resolve(app, env, node, contnode):
     if node.get("refdomain") != "py":
         return None
     target = node.get("reftarget", "").lstrip("~.")
-    match = ours(env, target)
+    match = ours(env, re.sub(r"^nbutils\.(?=\w+$)", "", target))  # the package has every name too
     if match:
         name, entry = match
         place = app.builder.get_relative_uri(node["refdoc"], entry.docname)
@@ -173,6 +181,7 @@ def setup(app):
     app.config.mathjax_path = f"mathjax/{MATHJAX[0]}"
     app.connect("build-finished", copy_mathjax)
     app.connect("source-read", read_notebook)
+    app.connect("autodoc-process-docstring", without_type, priority=100)  # before napoleon
     app.connect("autodoc-process-docstring", plain_markup)
     app.connect("missing-reference", resolve)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
