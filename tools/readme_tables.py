@@ -57,8 +57,8 @@ def cells():
         row = [f"**{kind}**"]
         for name in (start, f"{start}-amsgrad"):
             values = [100 * r.metrics["error"] for r in records if r.row == name]
-            mine = (f"[{mean_interval(values).format(2)} (n = {len(values)})](#cifar10-full-{name})" if values
-                    else "not run")
+            text = mean_interval(values).format(2).replace(" ", "\u00a0") if values else "not run"
+            mine = f"[{text} (n\u00a0=\u00a0{len(values)})](#cifar10-full-{name})" if values else text
             row += [mine, task.published[name]["error"]]
         rows.append(row)
     return Table(["test error, %", "ours", "article", "with amsgrad, ours", "article"], rows).to_markdown()
