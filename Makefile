@@ -10,11 +10,13 @@ BENCH_READY := $(BENCH)/.installed
 SURVEY := .survey-venv
 SURVEY_READY := $(SURVEY)/.installed
 SITE := _build/html
+PDF := _build/weighing-adam.pdf
+PDF_PAGE := _build/singlehtml/book/intro.html
 JOBS ?= 2
 
 unexport IN_TEST           # under it, nbdev exports nothing and says nothing
 
-.PHONY: help install test export run-notebooks check-notebooks records tables verify book linkcheck probe dist release bench bench-loops bench-steps bench-qrnn bench-cache cases bench-decode bench-epochs samples counterexamples survey clean
+.PHONY: help install test export run-notebooks check-notebooks records tables verify book linkcheck probe dist release pdf bench bench-loops bench-steps bench-qrnn bench-cache cases bench-decode bench-epochs samples counterexamples survey clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -45,11 +47,12 @@ run-notebooks: export  ## export, then run all notebooks in order and store thei
 check-notebooks: $(READY)  ## check what the notebooks store, without running them
 	$(BIN)/python tools/nb.py check
 
-records: $(READY)  ## write the pages of runs and speed from book/records
+records: $(READY)  ## write the pages of runs, speed and status
 	$(BIN)/python tools/records_page.py
 	$(BIN)/python tools/speed_page.py
+	$(BIN)/python tools/status_page.py
 
-tables: $(READY)  ## bring README's tables up to the records
+tables: $(READY)  ## bring the tables of README, introduction and parts up to the records
 	$(BIN)/python tools/readme_tables.py
 
 verify: $(READY)  ## check every record, and every table cell against the records
@@ -78,6 +81,13 @@ release: book dist  ## dist/ with wheel, source archive and the zipped site, for
 	@version=$$($(BIN)/python -c 'import tomllib; print(tomllib.load(open("pyproject.toml", "rb"))["project"]["version"])'); \
 	  test "$(TAG)" = "v$$version" || { echo "TAG is '$(TAG)', and pyproject.toml says v$$version"; exit 1; }
 	$(BIN)/python -c 'import shutil; shutil.make_archive("dist/weighing-adam-site", "zip", "$(SITE)")'
+
+pdf: $(READY)  ## the book as one PDF, built after the site; needs Chromium
+	$(BIN)/python tools/pdf.py --check $(PDF_PAGE) $(PDF)
+	$(MAKE) book
+	$(BIN)/jupyter-book build . --builder singlehtml -n --keep-going
+	$(BIN)/python tools/pdf.py $(PDF_PAGE) $(PDF)
+	@echo "The book: $(CURDIR)/$(PDF)"
 
 $(BENCH_READY): bench/requirements.txt constraints.txt pyproject.toml | $(BIN)/uv
 	test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
@@ -124,6 +134,6 @@ survey: $(SURVEY_READY)  ## whose conventions do other libraries' optimizers fol
 	$(SURVEY)/bin/python bench/survey.py $(ARGS)
 
 clean:  ## remove what was built; environments and data stay
-	rm -rf _build build dist .pytest_cache book/runs.md book/speed.md
+	rm -rf _build build dist .pytest_cache book/runs.md book/speed.md book/status.md
 	find nbs nbutils tests tools bench book -name __pycache__ -prune -exec rm -rf {} +
 	find nbs -name .ipynb_checkpoints -prune -exec rm -rf {} +

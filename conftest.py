@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "tools"))
 
+import drift  # noqa: E402  (tools/drift.py)
 import nb  # noqa: E402  (tools/nb.py)
 
 CUDA = "CUDA_VISIBLE_DEVICES"
@@ -68,6 +69,8 @@ def pytest_configure(config):
     config.pluginmanager.register(NotebookBudget(budget_seconds()), "notebook-budget")
     if not (config.option.nbval or config.option.nbval_lax):
         return
+    if config.option.nbval and not hasattr(config, "workerinput"):   # not in xdist's workers
+        config.pluginmanager.register(drift.Drift(), "notebook-drift")
     from nbval.plugin import IPyNbCell, IPyNbFile
 
     start_kernel, sanitize = IPyNbFile.setup, IPyNbCell.sanitize

@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Check the built site: every local link, anchor, image and script exists, every image has alt text.
+"""Check the built site: every local link, anchor, image and script exists, every image has alt text,
+no page needs the network, and the API's pages and their chapters lead to each other.
 
     python tools/check_site.py _build/html
 
@@ -20,6 +21,7 @@ class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.anchors, self.targets, self.mute = set(), [], []
+        self.fetched, self.text, self.inside = [], set(), 0    # what it loads; links in its text
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
@@ -28,15 +30,41 @@ class Page(HTMLParser):
         for key in ("href", "src"):
             if a.get(key):
                 self.targets.append(a[key])
+        self.inside += tag == "article"
+        if tag == "a" and self.inside:
+            self.text.add((a.get("href") or "").partition("#")[0])
+        loaded = a.get("href") if tag == "link" and "stylesheet" in (a.get("rel") or "") else a.get("src")
+        if loaded and (urlsplit(loaded).scheme in ("http", "https") or loaded.startswith("//")):
+            self.fetched.append(loaded)
         if tag == "img" and "alt" not in a:
             self.mute.append(a.get("src", "")[:60])
 
+    def handle_endtag(self, tag):
+        self.inside -= tag == "article"
+
+
+def one_way(pages, site):
+    """Links in the text of the API's pages to chapters that do not lead back."""
+    def linked(path):
+        return {(path.parent / unquote(target)).resolve() for target in pages[path].text if target}
+
+    for path in pages:
+        if path.parent == site / "book" / "api" and path.name != "index.html":
+            chapters = [p for p in linked(path) if p.parent == site / "nbs" and p in pages]
+            if not chapters:
+                yield f"{path.relative_to(site)}: leads to no chapter"
+            elif not any(path in linked(chapter) for chapter in chapters):
+                yield f"{chapters[0].relative_to(site)}: does not lead back to {path.relative_to(site)}"
+
 
 def problems(site):
+    site = site.resolve()
     pages = {p.resolve(): Page(p.read_text(encoding="utf-8")) for p in sorted(site.rglob("*.html"))
              if not SKIP_FOLDERS.intersection(p.relative_to(site).parts)}
     for path, page in pages.items():
-        name = path.relative_to(site.resolve())
+        name = path.relative_to(site)
+        for source in page.fetched:
+            yield f"{name}: {source} comes from the network"
         for source in page.mute:
             yield f"{name}: an image without alt text: {source}"
         for target in sorted(set(page.targets)):
@@ -51,6 +79,7 @@ def problems(site):
             elif parts.fragment and place in pages and name.name != "genindex.html" \
                     and unquote(parts.fragment) not in pages[place].anchors:
                 yield f"{name}: {target}: the page has no such anchor"
+    yield from one_way(pages, site)
 
 
 def main():

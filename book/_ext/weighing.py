@@ -3,8 +3,10 @@
 1. Notebook pages do not show nbdev's directives. `#| default_exp`, `#| export` and `#| hide`
    are taken out of the source as it is read; an exported cell gets the class `tag_exported`, by
    which custom.css flags it; a hidden cell is removed; a cell that held nothing else is dropped.
-   Titles get the chapter's number, from the file's name. Folded solutions fold their outputs.
-2. In docstrings `x` is code and |x| an absolute value, as in the chapters' Markdown.
+   Titles get the chapter's number, from the file's name; the line below the title gets a link to
+   the API page of the module that the chapter exports. Folded solutions fold their outputs.
+2. In docstrings `x` is code and |x| an absolute value, as in the chapters' Markdown. A constant
+   shows what its API page says of it, not the docstring of its type.
 3. The API pages are nitpicky about our own names only. A type in a docstring that is torch's or
    Python's links to its documentation where the address is known, and is plain text elsewhere.
 4. MathJax is copied into the site, so that formulas can be read without a network. Its files
@@ -17,6 +19,7 @@ import shutil
 from pathlib import Path
 
 from docutils import nodes
+from sphinx.util.docstrings import prepare_docstring
 
 MATHJAX = ("tex-mml-chtml.js", "output/chtml/fonts/woff-v2", "input/tex/extensions")
 
@@ -64,21 +67,47 @@ def number_of(docname):
     return match and (match[1] or match[2].upper())
 
 
+def module_of(cells):
+    """The module that a chapter exports, by its `default_exp`; None if it exports none."""
+    for cell in cells:
+        match = re.search(r"^#\|\s*default_exp\s+(\w+)", "".join(cell["source"]), re.M)
+        if match and cell["cell_type"] == "code":
+            return match[1]
+    return None
+
+
+def link_to_api(source, module):
+    """A chapter's first cell with a link to its module's page after the line below the title."""
+    package = module == "__init__"
+    page, name = ("index", "nbutils") if package else (module, f"nbutils.{module}")
+    line = f"> Exported as [`{name}`](../book/api/{page}.md)."
+    return re.sub(r"\A(# .*\n+(?:>.*\n)*>.*)$", lambda m: f"{m[1]}\n>\n{line}", source, count=1, flags=re.M)
+
+
 def read_notebook(app, docname, content):
     """Sphinx's source-read: change a notebook's JSON before MyST-NB parses it."""
     if not str(app.env.doc2path(docname)).endswith(".ipynb"):
         return
     notebook = json.loads(content[0])
     fold_solutions(notebook["cells"])
+    module = module_of(notebook["cells"])
     cells = (plain_cell(c) if c["cell_type"] == "code" else c for c in notebook["cells"])
     notebook["cells"] = [c for c in cells if c is not None]
     first, number = notebook["cells"][0], number_of(docname)
     if number:
         first["source"] = re.sub(r"\A# ", f"# {number} · ", "".join(first["source"]))
+    if module:
+        first["source"] = link_to_api("".join(first["source"]), module)
     content[0] = json.dumps(notebook)
 
 
 CODE = re.compile(r"(:[\w:]+:`[^`]*`|``.+?``|`[^`]+`_{0,2})")
+
+
+def without_type(app, what, name, obj, options, lines):
+    """Autodoc's docstring hook: a constant without a docstring of its own does not show its type's."""
+    if what == "data" and lines and lines == prepare_docstring(type(obj).__doc__ or ""):
+        lines.clear()
 
 
 def plain_markup(app, what, name, obj, options, lines):
@@ -119,7 +148,7 @@ def resolve(app, env, node, contnode):
     if node.get("refdomain") != "py":
         return None
     target = node.get("reftarget", "").lstrip("~.")
-    match = ours(env, target)
+    match = ours(env, re.sub(r"^nbutils\.(?=\w+$)", "", target))  # the package has every name too
     if match:
         name, entry = match
         place = app.builder.get_relative_uri(node["refdoc"], entry.docname)
@@ -152,6 +181,7 @@ def setup(app):
     app.config.mathjax_path = f"mathjax/{MATHJAX[0]}"
     app.connect("build-finished", copy_mathjax)
     app.connect("source-read", read_notebook)
+    app.connect("autodoc-process-docstring", without_type, priority=100)  # before napoleon
     app.connect("autodoc-process-docstring", plain_markup)
     app.connect("missing-reference", resolve)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

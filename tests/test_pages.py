@@ -1,0 +1,232 @@
+"""What the pages promise: every public name has an entry, chapters and API lead to each other,
+parts name their chapters, tables are the records', the status page says no more than is known."""
+import importlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "book" / "_ext")]
+
+import check_site  # noqa: E402
+import drift  # noqa: E402
+import pdf  # noqa: E402
+import readme_tables  # noqa: E402
+import status_page  # noqa: E402
+import weighing  # noqa: E402
+
+TOC = (ROOT / "_toc.yml").read_text("utf-8")
+API = ROOT / "book" / "api"
+PARTS = {block.split("\n")[0]: re.findall(r"- file: (\S+)", block) for block in TOC.split("- caption: ")[1:]}
+
+
+def cells_of(path):
+    return json.loads(path.read_text("utf-8"))["cells"]
+
+
+def exported():
+    """Module to the chapter that exports it, but for the package itself."""
+    found = {weighing.module_of(cells_of(p)): p for p in sorted((ROOT / "nbs").glob("*.ipynb"))}
+    return {module: path for module, path in found.items() if module not in (None, "__init__")}
+
+
+# --- chapters and API --------------------------------------------------------------------------
+def test_modules_are_those_of_the_package():
+    assert sorted(exported()) == sorted(p.stem for p in (ROOT / "nbutils").glob("[!_]*.py"))
+
+
+@pytest.mark.parametrize("module", sorted(exported()))
+def test_api_page(module):
+    """The module's page documents it, leads to its chapter, and is in the contents and the index."""
+    page = (API / f"{module}.md").read_text("utf-8")
+    assert f".. automodule:: nbutils.{module}\n   :members:" in page
+    assert f"(../../nbs/{exported()[module].name})" in page
+    assert f"- file: book/api/{module}\n" in TOC
+    index = (API / "index.md").read_text("utf-8")
+    assert f"[{module}]({module}.md)" in index and f"(../../nbs/{exported()[module].name})" in index
+
+
+@pytest.mark.parametrize("module", sorted(exported()))
+def test_every_public_name_has_an_entry(module):
+    """autodoc shows functions and classes with docstrings; constants need a line of their own."""
+    source = (ROOT / "nbutils" / f"{module}.py").read_text("utf-8")
+    loaded, page = importlib.import_module(f"nbutils.{module}"), (API / f"{module}.md").read_text("utf-8")
+    for name in loaded.__all__:
+        value = getattr(loaded, name)
+        defined = isinstance(value, (type, types.FunctionType)) and value.__doc__
+        commented = re.search(rf"^{name} = .*  #: \w", source, re.M)
+        assert defined or commented or f".. autodata:: nbutils.{module}.{name}\n" in page, \
+            f"{name}: give it a docstring, or an autodata line in book/api/{module}.md"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "nbs").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_chapter_gets_a_link_to_its_module(path):
+    module, source = weighing.module_of(cells_of(path)), "".join(cells_of(path)[0]["source"])
+    linked = weighing.link_to_api(source, module)
+    page = "index" if module == "__init__" else module
+    (line,) = re.findall(r"^> Exported as \[`nbutils.*`\]\(\.\./(book/api/\w+\.md)\)\.$", linked, re.M)
+    assert line == f"book/api/{page}.md" and (ROOT / line).is_file()
+    assert linked.replace(f">\n{linked.split(chr(10))[4]}\n", "") == source  # the rest is as it was
+
+
+def test_parts_name_their_chapters():
+    for caption, files in PARTS.items():
+        opening = ROOT / f"{files[0]}.md"
+        assert files[0].startswith("book/parts/"), f"{caption} has no page"
+        text = opening.read_text("utf-8")
+        assert f"](parts/{opening.name})" in (ROOT / "book/intro.md").read_text("utf-8")
+        for file in files[1:]:
+            name = Path(file).name
+            assert re.search(rf"\]\((\S*/)?{re.escape(name)}\.(md|ipynb)\)", text) or "/api/" in file, \
+                f"{opening.name} does not lead to {file}"
+
+
+def test_every_notebook_is_in_the_contents():
+    assert re.findall(r"- file: nbs/(\S+)", TOC) == [p.stem for p in status_page.nb.notebooks()]
+
+
+# --- glossary ----------------------------------------------------------------------------------
+def test_glossary():
+    """Each term once, each with a definition that leads to its chapter."""
+    text = (ROOT / "book" / "glossary.md").read_text("utf-8")
+    entries = re.findall(r"^(\S.*)\n  (\S.*)$", "\n".join(re.findall(r"^:::\{glossary\}\n(.*?)^:::", text, re.M | re.S)), re.M)
+    terms = [term for term, _ in entries]
+    assert len(terms) > 40 and len(set(terms)) == len(terms)
+    for term, definition in entries:
+        assert re.search(r"\[(Chapter|Appendix) A?\d+\]\(\.\./nbs/\S+\.ipynb\)\.$", definition), term
+    for called, name in re.findall(r"\[(?:Chapter|Appendix) (A?\d+)\]\(\.\./nbs/(\S+)\.ipynb\)", text):
+        assert weighing.number_of(f"nbs/{name}") == called
+
+
+# --- tables in pages ---------------------------------------------------------------------------
+def test_a_prefix_chooses_rows():
+    whole, some = readme_tables.table("cifar10", "full"), readme_tables.table("cifar10", "full", "adamw-")
+    lines = [line for line in whole.splitlines() if line.startswith("| adamw-")]
+    assert lines and some.splitlines()[2:] == lines
+    with pytest.raises(SystemExit, match="no row begins so; there are adamw-30"):
+        readme_tables.updated("<!-- table:cifar10:full:crops- -->\n<!-- /table -->\n")
+
+
+def test_marks_need_their_ends():
+    for text in ("<!-- cells -->\n", "<!-- cells -->\n<!-- /table -->\n", "<!-- /cells -->\n"):
+        with pytest.raises(ValueError, match="a mark without its end"):
+            readme_tables.updated(text)
+    text = readme_tables.updated("a\n<!-- cells -->\nold\n<!-- /cells -->\nb\n")
+    assert "old" not in text and text.startswith("a\n<!-- cells -->\n| test error") and text.endswith("<!-- /cells -->\nb\n")
+    assert readme_tables.updated(text) == text
+
+
+def test_the_introduction_says_what_the_ledger_says(monkeypatch):
+    """Two sentences of the introduction are words, not figures; the records must still bear them."""
+    monkeypatch.setenv("NBUTILS_RECORDS", str(ROOT / "book" / "records"))
+    text = (ROOT / "book" / "intro.md").read_text("utf-8")
+    assert "AdamW and Adam with L2 come back as published. The harm that the article saw in amsgrad does not." in text
+    names = ("adamw-30-mean", "adam-l2-30-mean", "amsgrad-adamw", "amsgrad-adam")
+    found = {claim.name: claim.judge().verdict for claim in readme_tables.CLAIMS if claim.name in names}
+    assert found["adamw-30-mean"] == found["adam-l2-30-mean"] == "held"
+    assert found["amsgrad-adamw"] == found["amsgrad-adam"] == "failed"
+
+
+def test_verdicts_of_no_claim_are_refused():
+    with pytest.raises(SystemExit, match="no claim is called nonsense"):
+        readme_tables.verdicts([], "nonsense")
+
+
+# --- status ------------------------------------------------------------------------------------
+def report(cell, outcome="passed", when="call", notebook="nbs/one.ipynb"):
+    return types.SimpleNamespace(nodeid=f"{notebook}::{cell}", outcome=outcome, when=when)
+
+
+def one_notebook(folder, cells=2):
+    book = status_page.nb.nbformat.v4
+    cells = [book.new_markdown_cell("# One"), *(book.new_code_cell(f"{i}") for i in range(cells))]
+    status_page.nb.nbformat.write(book.new_notebook(cells=cells), folder / "one.ipynb")
+    return folder / "one.ipynb"
+
+
+def test_drift_is_written_and_expires(tmp_path):
+    path, file = one_notebook(tmp_path), tmp_path / "_build" / "drift.json"
+    seen = drift.Drift(file, tmp_path)
+    for r in (report("Cell 0", when="setup"), report("Cell 0"), report("Cell 1", "failed"),
+              report("Cell 1", when="teardown"), report("test", notebook="tests/test_x.py")):
+        seen.pytest_runtest_logreport(r)
+    seen.pytest_sessionfinish()
+    entry = drift.current(path, drift.read(file))
+    assert entry["cells"] == 2 and entry["differ"] == ["Cell 1"]
+    assert status_page.compared(path, drift.read(file))[2] == "Cell 1 (2 cells)"
+    path.write_text(path.read_text("utf-8") + " ", "utf-8")
+    assert drift.current(path, drift.read(file)) is None
+    assert status_page.compared(path, drift.read(file))[2] == "unknown"
+
+
+def test_a_part_of_a_notebook_is_not_a_comparison(tmp_path):
+    one_notebook(tmp_path)
+    seen = drift.Drift(tmp_path / "drift.json", tmp_path)
+    seen.pytest_runtest_logreport(report("Cell 0"))
+    seen.pytest_sessionfinish()
+    assert drift.read(tmp_path / "drift.json") == {}
+
+
+def test_without_git_the_date_is_unknown(tmp_path, monkeypatch):
+    path = one_notebook(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert status_page.stored(path, tmp_path) == "unknown"
+    monkeypatch.setenv("PATH", "")
+    assert status_page.stored(path, tmp_path) == "unknown"
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_with_git_the_date_is_the_last_change(tmp_path, monkeypatch):
+    path = one_notebook(tmp_path)
+    monkeypatch.setenv("GIT_COMMITTER_DATE", "2020-02-02T12:00:00+0000")
+    for words in (["init", "-q"], ["add", "."], ["-c", "user.name=n", "-c", "user.email=e", "commit", "-qm", "one"]):
+        subprocess.run(["git", "-C", tmp_path, *words], check=True, timeout=60)
+    assert status_page.stored(path, tmp_path) == "2020-02-02"
+    path.write_text("{}", "utf-8")
+    assert status_page.stored(path, tmp_path) == "changed, not committed"
+
+
+def test_rows_are_counted(tmp_path):
+    """Without records every row is not run; with the book's, the three kinds make up all rows."""
+    rows = len(status_page.get_task("cifar10").rows("full"))
+    assert status_page.counts("cifar10", "full", tmp_path) == (0, 0, rows)
+    counted = status_page.counts("cifar10", "full")
+    assert sum(counted) == rows and counted[0] >= 1
+
+
+# --- the site ----------------------------------------------------------------------------------
+def test_check_site_sees_what_is_wrong(tmp_path):
+    (tmp_path / "book/api").mkdir(parents=True)
+    (tmp_path / "nbs").mkdir()
+    page = '<nav><a href="{nav}">x</a></nav><article class="bd-article"><a href="{link}">x</a>{more}</article>'
+    api, chapter = tmp_path / "book/api/adam.html", tmp_path / "nbs/03-adam.html"
+    api.write_text(page.format(nav="../../nbs/03-adam.html", link="../../nbs/03-adam.html", more=""))
+    chapter.write_text(page.format(nav="../book/api/adam.html", link="../book/api/adam.html", more=""))
+    (tmp_path / "index.html").write_text("")
+    assert list(check_site.problems(tmp_path)) == []
+    chapter.write_text(page.format(nav="../book/api/adam.html", link="#", more='<img src="https://x.example/a.png" alt="">'))
+    said = "\n".join(check_site.problems(tmp_path))
+    assert "nbs/03-adam.html: https://x.example/a.png comes from the network" in said
+    assert "nbs/03-adam.html: does not lead back to book/api/adam.html" in said
+
+
+# --- PDF ---------------------------------------------------------------------------------------
+def test_pdf_says_what_it_needs(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CHROMIUM", raising=False)
+    monkeypatch.setattr(pdf, "APPLICATIONS", ())
+    assert pdf.browser() is None
+    assert pdf.main([str(tmp_path / "index.html"), str(tmp_path / "a.pdf")]) == 1
+    assert "needs Chromium or Chrome" in capsys.readouterr().out
+
+
+def test_pdf_opens_what_is_folded():
+    text = pdf.printable('<html lang="en" data-mode="dark" ><details class="hide"><summary>a</summary></details><details open>')
+    assert 'data-mode="light"' in text and 'data-theme="light"' in text
+    assert text.count("<details open") == 2 and 'open open' not in text
