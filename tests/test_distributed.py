@@ -130,7 +130,7 @@ CASES = {
     "torch's AdamW": (2, {"optimizer": "torch"}),
     "fewer samples than processes at last": (3, {"sizes": (12, 12, 12, 2), "clip": 0.2, "valid": (1,)}),
     "thawed in the second epoch": (2, {"thaw": True}),
-    "digits, augmented, 1cycle": (2, {"digits": True, "clip": 1.0}),
+    "digits, augmented, 1cycle": (3, {"digits": True, "clip": 1.0}),
 }
 
 
