@@ -119,7 +119,8 @@ def _curve(r):
     steps = r.curve["step"]
     if steps[0] != 0 or any(b <= a for a, b in zip(steps, steps[1:])):
         yield "curve.step does not rise from 0"
-    peaks = [r.config[name] for name in ("lr", "head_lr") if name in r.config]
+    share = 1 / r.config.get("divide", [1])[0]  # the curve is of the first group
+    peaks = [share * r.config[name] for name in ("lr", "head_lr") if name in r.config]
     found = max(r.curve["lr"])
     if peaks and not 0.9 * max(peaks) <= found <= max(peaks) * (1 + 1e-6):
         yield (f"the learning rate of the curve peaks at {found:.3g}, that of the settings "

@@ -11,7 +11,8 @@ def sound(task="cifar10", row="adamw-30", size="full", seed=0, **changes):
     """The fields of a record that counts; each seed has losses of its own."""
     it, draw = get_task(task), random.Random(f"{task} {row} {size} {seed}")
     config = json.loads(json.dumps(dataclasses.asdict(it.config(row, size))))
-    low, peak, epochs = config["lr"] / 10, config["lr"], config["epochs"]
+    share = 1 / config.get("divide", [1])[0]                  # a curve is of the first group
+    low, peak, epochs = share * config["lr"] / 10, share * max(config["lr"], config.get("head_lr", 0)), config["epochs"]
     history = [{"epoch": i + 1, "loss": 2 / (i + 1), "valid_loss": 1 / (i + 1) + draw.random() / 100,
                 "lr": peak, "momentum": config["momentum"][1], "seconds": 10.0, "valid_seconds": 1.0}
                for i in range(epochs)]
@@ -29,7 +30,7 @@ def sound(task="cifar10", row="adamw-30", size="full", seed=0, **changes):
     fields = {
         "task": task, "size": size, "row": row, "seed": seed, "config": config, "config_hash": config_hash(config),
         "recipe": it.recipe, "history": history,
-        "curve": {"step": [0, 1, 2], "loss": [2.3, 1.0, 0.5], "lr": [low, max(peak, config.get("head_lr", 0)), low],
+        "curve": {"step": [0, 1, 2], "loss": [2.3, 1.0, 0.5], "lr": [low, peak, low],
                   "momentum": [*config["momentum"], config["momentum"][0]]},
         "metrics": metrics, "seconds": 11.0 * epochs + 2, "device": "a card",
         "precision": "bf16" if config["precision"] == "auto" else config["precision"],

@@ -61,6 +61,20 @@ def test_a_true_book(book):
     assert found.tables == 3 and found.cells == 3 * 9 * len(tables(book).header[1:])
 
 
+def test_a_table_of_some_rows(book):
+    """A block with a prefix shows the rows that begin so, and must show all of them."""
+    part = task_table(book, [row for row in get_task("cifar10").rows("full") if row.startswith("wd0")])
+    readme = book / "README.md"
+    readme.write_text(readme.read_text() + f"\n<!-- table:cifar10:full:wd0 -->\n{part}\n<!-- /table -->\n")
+    assert not verify_records.verify(book, book / "site").problems
+    readme.write_text(readme.read_text().replace("<!-- table:cifar10:full:wd0 -->", "<!-- table:cifar10:full:adamw -->"))
+    assert any("is not shown" in p for p in verify_records.verify(book, book / "site").problems)
+
+
+def task_table(book, rows):
+    return get_task("cifar10").table("full", rows, folder=book / "book/records").to_markdown()
+
+
 def record_of(book, row="adamw-30", seed=3):
     return book / f"book/records/cifar10/full/{row}/{seed}.json"
 

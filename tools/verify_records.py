@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Folders beside the tasks' own, whose records have forms of their own (see bench/).
 OTHERS = ("bench", "cache", "cases", "conformance", "counterexamples", "decode", "epochs", "qrnn", "samples", "steps")
 ASIDE = re.compile(r"\d+\.recipe\d+-[0-9a-f]{16}(-\d+)?\.json")     # set aside by a newer run
-BLOCK = re.compile(r"<!-- table:(\w+):(\w+) -->\n(.*?)<!-- /table -->", re.S)
+BLOCK = re.compile(r"<!-- table:(\w+):(\w+)(?::([\w-]+))? -->\n(.*?)<!-- /table -->", re.S)
 LINK = re.compile(r"runs\.html#(\w+?)-(\w+?)-(.+)")
 PUBLISHED = ", published"
 
@@ -183,14 +183,14 @@ def check_table(where, name, size, header, rows, found):
 def check_readme(path, found):
     text = path.read_text(encoding="utf-8")
     blocks = BLOCK.findall(text)
-    for name, size, block in blocks:
+    for name, size, prefix, block in blocks:
         lines = [[c.strip().replace(r"\|", "|") for c in re.split(r"(?<!\\)\|", line)[1:-1]]
                  for line in block.strip().splitlines()]
         header, rows = lines[0], lines[2:]
         check_table(path.name, name, size, header, rows, found)
         shown = {line[0] for line in rows}
         for row in sorted({r["row"] for r in found.records if (r["task"], r["size"]) == (name, size)} - shown):
-            if not row.startswith("grid-"):
+            if row.startswith(prefix) and not row.startswith("grid-"):
                 found.problems.append(f"{path.name}: {name}, size {size}: row {row!r} has records and is not shown")
     if len(blocks) != text.count("<!-- table:"):
         found.problems.append(f"{path.name}: a table's block does not end with <!-- /table -->")
