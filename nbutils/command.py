@@ -122,8 +122,8 @@ def _run(args):
     task = get_task(args.task)
     every = [c.row for c in task.configs if c.size == args.size] or [args.rows[0]]
     rows = every if args.rows == ["all"] else args.rows
-    _check_device(args.device, args.size)
     configs = [task.config(row, args.size) for row in rows]
+    _check_device(args.device, args.size)
     cells = [(config, seed) for seed in args.seeds for config in configs]
     cells = share(cells, args.shard)
     if args.jobs > 1:

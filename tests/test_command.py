@@ -220,7 +220,8 @@ def test_todo(home, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["cifar10", "full", "adamw-30", "lacks", "seeds", "0,1,2,3,4"]
     assert len(lines) == sum(len(get_task(name).configs) for name in experiment.TASKS)
-    assert [line.split()[0] for line in lines if line.split()[1] == "full"] == sorted(line.split()[0] for line in lines if line.split()[1] == "full")
+    full = [line.split()[0] for line in lines if line.split()[1] == "full"]
+    assert full == sorted(full, key=experiment.TASKS.index)
     assert main(["todo", "--size", "laptop"]) == 0
     assert {line.split()[1] for line in capsys.readouterr().out.splitlines()} == {"laptop"}
 
@@ -245,10 +246,10 @@ def test_seeds_that_cannot_be_read(text, capsys):
 
 # --- bad input -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("words, text", [
-    (["run", "cifar01", "adamw-30"], "unknown task 'cifar01'. Did you mean cifar10? There are: cifar10"),
-    (["data", "cifar"], "unknown task 'cifar'. Did you mean cifar10?"),
-    (["table", "cars"], "unknown task 'cars'. Did you mean|unknown task 'cars'. There are: cifar10"),
-    (["todo", "cifar-10"], "unknown task 'cifar-10'. Did you mean cifar10?"),
+    (["run", "cifar01", "adamw-30"], "unknown task 'cifar01'. Did you mean cifar10 or cars? There are: cifar10"),
+    (["data", "cifar"], "unknown task 'cifar'. Did you mean cifar10"),
+    (["table", "digits"], "unknown task 'digits'. Did you mean|unknown task 'digits'. There are: cifar10"),
+    (["todo", "cifar-10"], "unknown task 'cifar-10'. Did you mean cifar10"),
     (["run", "cifar10", "adamw-03", "--size", "smoke"], "cifar10, size smoke: unknown row 'adamw-03'. Did you mean adamw-30"),
     (["run", "cifar10", "sgd-30", "adamw30", "--size", "smoke"], "unknown row 'adamw30'. Did you mean adamw-30"),
     (["run", "cifar10", "adamw-laptop-94", "--size", "full"], "cifar10, size full: unknown row 'adamw-laptop-94'"),
