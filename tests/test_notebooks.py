@@ -8,7 +8,7 @@ import nb  # tools/nb.py, which conftest.py puts on the path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-GENERATED = {"book/runs.md", "book/speed.md"}  # by `make book`
+GENERATED = {"book/runs.md", "book/speed.md", "book/status.md"}  # by `make book`
 NOTEBOOKS = nb.notebooks()
 NUMBERED = [p for p in NOTEBOOKS if p.name[0].isdigit()]
 PAGES = sorted((ROOT / "book").rglob("*.md")) + [ROOT / "README.md"]

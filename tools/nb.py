@@ -52,7 +52,13 @@ def notebooks(names=()):
     if names:
         return [Path(name).resolve() for name in names]
     found = [p for p in NBS.glob("*.ipynb") if not p.name.startswith((".", "_"))]
-    return sorted(found, key=lambda p: (not p.name[0].isdigit(), p.name))
+    return sorted(found, key=in_order)
+
+
+def in_order(path):
+    """Chapters by number, then appendices by letter and number: a10 comes after a9."""
+    letter, number, rest = re.match(r"([a-z]?)(\d*)(.*)", path.name).groups()
+    return letter, int(number or 0), rest
 
 
 def short(path):
