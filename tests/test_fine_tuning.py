@@ -408,6 +408,14 @@ def test_the_state_starts_afresh_with_each_stage(watched):
             torch.testing.assert_close(average, 0.05 * gradient)
 
 
+def test_a_used_optimizer_starts_afresh_too():
+    watch = Watch()
+    learner = make_learner(callbacks=[watch])
+    steps(learner.model, optimizer=learner.optimizer)
+    learner.fit(6)
+    assert set(watch.counts[0].values()) == {1}
+
+
 def by_hand(stages, divide=DIVIDE, seed=0):
     """The same training written out: for each stage an optimizer of its own, over what is not frozen."""
     net, train = small_net(seed), batches()
@@ -551,7 +559,8 @@ def test_schedules_are_those_of_2018(stage, lengths, total, last, begin, end):
 
 
 @pytest.mark.parametrize("stages, n", [(CARS, 64), ([Stage(1, 1.0), Stage(1, 2.0), Stage(1, 3.0)], 7),
-                                       ([Stage(3, 1e-2), Stage(7, 1e-3)], 13)], ids=["2018", "three", "odd"])
+                                       ([Stage(3, 1e-2), Stage(7, 1e-3)], 13),
+                                       ([Stage(6, 1e-2), Stage(5, 1e-3)], 5)], ids=["2018", "three", "odd", "30 / 55 * 55 < 30"])
 def test_each_step_is_its_own_stages(stages, n):
     """No step of a stage is missed, doubled or taken for another's, though progress * steps may fall short of a whole number."""
     schedules = stage_schedules(stages, n, tail=0.1)
@@ -643,6 +652,21 @@ def test_fine_tune_takes_the_learners_options(folder):
     assert [g["lr_scale"] for g in learner.optimizer.param_groups] == [0.25, 0.5, 1.0]
     assert {g["weight_decay"] for g in learner.optimizer.param_groups} == {0.25}
     assert [s.frozen for s in next(c for c in learner.callbacks if isinstance(c, Stages)).stages] == [2, 0]
+
+
+def test_fine_tune_is_the_recipe(folder):
+    learner = tuned(folder, seed=4)
+    train, valid = learner.train, learner.valid
+    assert (train.batch_size, train.seed, train.shuffle) == (12, 4, True) and not valid.shuffle
+    assert (train.augment.size, train.augment.train, valid.augment.size, valid.augment.train) == (20, True, 20, False)
+    (stages,) = [c.stages for c in learner.callbacks if isinstance(c, Stages)]
+    assert [dataclasses.astuple(s) for s in stages] == [(2, 1e-2, 2), (6, 1e-2, 0)]
+    expected = stage_schedules(stages, 6, tail=0.1, momentum=(0.95, 0.85))
+    for name, schedule in learner.schedules.items():
+        assert [schedule(k / 48) for k in range(49)] == [expected[name](k / 48) for k in range(49)]
+    x, y = pictures(8), pictures(4)
+    stages = next(c for c in fine_tune(small_net(), x, y, epochs=(1, 2), lr=(0.5, 0.25), batch_size=2).callbacks if isinstance(c, Stages)).stages
+    assert [(s.epochs, s.lr) for s in stages] == [(1, 0.5), (2, 0.25)]
 
 
 def test_fine_tune_cuts_a_resnet(folder, resnet):
