@@ -159,7 +159,8 @@ def test_build_is_the_recipe():
     train, valid = learner.train, learner.valid
     assert (train.batch_size, train.seed, train.shuffle, train.drop_last) == (128, 3, True, False)
     assert (train.augment.size, train.augment.train, valid.augment.train, valid.shuffle) == (24, True, False, False)
-    assert (train.augment.zoom, train.augment.degrees, train.augment.p, train.augment.light, train.augment.flip) == (1.05, 10, 0.75, 0.05, True)
+    views = train.augment
+    assert (views.zoom, views.degrees, views.p, views.light, views.flip) == (1.05, 10, 0.75, 0.05, True)
     (stages,) = [c for c in learner.callbacks if isinstance(c, Stages)]
     assert [dataclasses.astuple(s) for s in stages.stages] == [(20, 1e-2, 2), (40, 3e-3, 0)]
     assert [g["lr_scale"] for g in learner.optimizer.param_groups] == pytest.approx([1 / 9, 1 / 3, 1])
@@ -238,7 +239,8 @@ def test_torchvisions_weights_are_checked_and_fit(home, monkeypatch):
         return {"conv1.weight": torch.ones(64, 3, 7, 7), "bn1.weight": torch.ones(32)}
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fetch)
-    with pytest.raises(ValueError, match=r"another net: \d+ entries are missing \(bn1.bias, .*1 have another shape \(bn1.weight \[32\] for \[64\]"):
+    named = r"another net: \d+ entries are missing \(bn1.bias, .*1 have another shape \(bn1.weight \[32\] for \[64\]"
+    with pytest.raises(ValueError, match=named):
         make_net(decoded(weights="imagenet1k-v1"), 5)
     assert asked == {"url": "https://download.pytorch.org/models/resnet50-0676ba61.pth", "model_dir": str(home), "check_hash": True,
                      "weights_only": True}

@@ -665,8 +665,8 @@ def test_fine_tune_is_the_recipe(folder):
     for name, schedule in learner.schedules.items():
         assert [schedule(k / 48) for k in range(49)] == [expected[name](k / 48) for k in range(49)]
     x, y = pictures(8), pictures(4)
-    stages = next(c for c in fine_tune(small_net(), x, y, epochs=(1, 2), lr=(0.5, 0.25), batch_size=2).callbacks if isinstance(c, Stages)).stages
-    assert [(s.epochs, s.lr) for s in stages] == [(1, 0.5), (2, 0.25)]
+    other = fine_tune(small_net(), x, y, epochs=(1, 2), lr=(0.5, 0.25), batch_size=2)
+    assert [(s.epochs, s.lr) for s in other.callbacks[0].stages] == [(1, 0.5), (2, 0.25)]
 
 
 def test_fine_tune_cuts_a_resnet(folder, resnet):
