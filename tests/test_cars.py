@@ -173,7 +173,17 @@ def test_build_is_the_recipe():
     assert lrs[0] == pytest.approx(1e-3) and lrs[border] == pytest.approx(3e-4)
     betas = [schedules["momentum"](k / steps) for k in range(steps)]
     assert min(betas) == pytest.approx(0.85) and betas[0] == betas[border] == max(betas) == pytest.approx(0.95)
+    assert schedules["lr"].parts[0].lengths[2] == pytest.approx(0.1 * border, abs=1)
     assert math.ceil(8144 / 128) == 64, "what the recipe's checksums of the schedule are made for"
+
+
+def test_cycles_are_the_rows_own():
+    config = smoke_config(momentum=(0.9, 0.7), tail=0.25, head_lr=0.5, lr=0.25)
+    schedules = build(config, 0, "cpu").schedules
+    assert [part.lengths[2] for part in schedules["lr"].parts] == pytest.approx([4, 8], abs=1)
+    values = {name: [schedule(k / 48) for k in range(48)] for name, schedule in schedules.items()}
+    assert max(values["momentum"]) == pytest.approx(0.9) and min(values["momentum"]) == pytest.approx(0.7, abs=0.01)
+    assert max(values["lr"][:16]) == pytest.approx(0.5, rel=0.02) and max(values["lr"][16:]) == pytest.approx(0.25, rel=0.02)
 
 
 # --- nets and weights ----------------------------------------------------------------------------
@@ -406,13 +416,32 @@ def test_score_by_hand():
     assert "error_tta" not in score(learner, dataclasses.replace(config, views=0))
 
 
+def test_views_of_a_score_are_the_runs_own(monkeypatch):
+    """Of 128 pictures the error may be the same with other views; so look at what is averaged."""
+    seen, config = {}, smoke_config(views=3)
+    seed_everything(0)
+    learner = build(config, 7, "cpu")
+
+    def watched(learner, plain, augmented, views):
+        seen.update(plain=plain, seed=augmented.seed, train=augmented.augment.train, shuffle=augmented.shuffle, views=views)
+        return torch.zeros(128, 8), learner.valid.images.y
+
+    monkeypatch.setattr(cars, "tta", watched)
+    assert score(learner, config)["error_tta"] == pytest.approx(7 / 8)
+    assert seen == {"plain": learner.valid, "seed": 7, "train": True, "shuffle": False, "views": 3}
+
+
 # --- the real data -------------------------------------------------------------------------------
 def test_laptop_pictures_are_every_fourth_class():
+    config = task.config("crops-adamw", "laptop")
     try:
-        train, test = load(task.config("crops-adamw", "laptop"))
+        train, test = load(config)
+        every, _ = load(dataclasses.replace(config, every=1))
     except FileNotFoundError as error:
         pytest.skip(f"the pictures are not on this machine: {error}")
     assert len(train.classes) == len(test.classes) == 49 and train.classes == test.classes
     assert train.y.unique().tolist() == test.y.unique().tolist() == list(range(49))
+    assert train.classes == every.classes[::4] and torch.equal(train.x[:50], every.x[every.y % 4 == 0][:50])
+    assert train.x.shape[-2:] == (67, 67), "what a zoom of 1.05 needs"
     assert len(train) % 64 != 1, "the head's norms refuse a batch of one picture"
     assert 1900 < len(train) < 2200 and 1900 < len(test) < 2200
