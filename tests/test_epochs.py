@@ -135,3 +135,6 @@ def test_records_are_whole(path):
         for one in case["runs"]:
             assert len(one["seconds"]) == len(one["tokens"]) == case["rounds"] and one["ended"] > one["began"] and one["peak_mb"] > 0
     assert not re.search(r"/(tmp|home|root|work|usr|Users)/|https?:|site-packages", text), "a path or an address"
+
+def test_there_is_a_record():
+    assert RECORDS, "make bench-epochs writes one"
