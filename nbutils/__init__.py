@@ -46,6 +46,7 @@ _NAMES = {
         "accuracy best_precision Callback HOOKS Learner NonFiniteLoss PRECISIONS "
         "Progress tta"
     ),
+    "distributed": "Distributed process_group ProcessLost",
     "pictures": (
         "decode decode_pictures find_pictures IMAGENET_MEAN IMAGENET_STD load_folder "
         "PictureError Views"

@@ -122,6 +122,7 @@ def _run(args):
     task = get_task(args.task)
     every = [c.row for c in task.configs if c.size == args.size] or [args.rows[0]]
     rows = every if args.rows == ["all"] else args.rows
+    _alone()
     configs = [task.config(row, args.size) for row in rows]
     _check_device(args.device, args.size)
     cells = [(config, seed) for seed in args.seeds for config in configs]
@@ -140,6 +141,13 @@ def _run(args):
             flush=True,
         )
     return 0
+
+
+def _alone():
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+        raise ValueError("a record is the work of one process, and torchrun has started "
+                         "several: call nbutils run without torchrun, once for each cell; "
+                         "nbutils.distributed is for runs of your own")
 
 
 def _check_device(name, size):

@@ -14,7 +14,7 @@ MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("
 # Low to high; a module imports from lower rows only. Models import torch alone.
 LAYERS = [
     {"core"}, {"files", "records"}, {"optimizer"}, {"momentum"}, {"adam"}, {"amsgrad"},
-    {"schedule", "data", "engines", "conformance"}, {"kernel"}, {"learner"},
+    {"schedule", "data", "engines", "conformance"}, {"kernel"}, {"learner"}, {"distributed"},
     {"wide_resnet", "awd_lstm", "qrnn", "cache_pointer"},
     {"pictures"}, {"car_files", "fine_tuning"}, {"experiment"}, {"checks"}, {"cifar10", "cars", "wikitext2"}, {"verdicts"},
     {"command"},
