@@ -88,6 +88,18 @@ class _Share(_Checked):
             if len(some) or self.training:
                 yield (mine, some) if len(some) else (x[:1], y[:1])
 
+# %% ../nbs/b1-distributed.ipynb #meet
+def _meet(wait):
+    """The store where the processes find one another, this one's rank, their number."""
+    if "WORLD_SIZE" not in os.environ:
+        return dist.HashStore(), 0, 1
+    store, rank, world = next(dist.rendezvous("env://", timeout=wait))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world):      # one machine
+        # NB: torch does not do this, and a second life may read the first one's keys
+        life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"life {life}", store)
+    return store, rank, world
+
 # %% ../nbs/b1-distributed.ipynb #process-group
 @contextlib.contextmanager
 def process_group(timeout=300.0, device=None):
@@ -118,12 +130,12 @@ def process_group(timeout=300.0, device=None):
                            f"{gpus} GPUs: start torchrun with --nproc-per-node {gpus}")
     if cuda:
         torch.cuda.set_device(local)
-    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    alone = {} if "WORLD_SIZE" in os.environ else alone
     wait = datetime.timedelta(seconds=timeout)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=wait, **alone)
+    store, rank, world = _meet(wait)
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=wait, store=store,
+                            rank=rank, world_size=world)
     try:
-        yield dist.get_rank()
+        yield rank
     finally:
         dist.destroy_process_group()
 

@@ -36,7 +36,7 @@ def free_port():
 @contextlib.contextmanager
 def group(function, *args, n=2, **env):
     """n processes that torchrun might have started."""
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": n, "GLOO_SOCKET_IFNAME": "lo", **env}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "GLOO_SOCKET_IFNAME": "lo", **env}
     with contextlib.ExitStack() as stack:
         yield [stack.enter_context(Child(function, *args, env=place | {"RANK": r, "LOCAL_RANK": r})) for r in range(n)]
 
@@ -242,6 +242,20 @@ def test_a_process_that_torchrun_stops_says_how_to_go_on():
         os.kill(child.pid, signal.SIGTERM)
         assert child.wait(60) == 143
         assert child.err == "ProcessLost: it goes on from here\n"
+
+
+def meets(late):
+    if os.environ["RANK"] == "1":
+        time.sleep(late)
+    with process_group(60, "cpu"):
+        torch.distributed.barrier()
+
+
+def test_a_second_life_does_not_read_the_addresses_of_the_first():
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)     # torchrun's, which outlives the processes
+    kept = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": store.port}
+    for life, late in enumerate((0, 5)):
+        together(meets, late, **kept, TORCHELASTIC_RESTART_COUNT=life)
 
 
 def test_checkpoints_fit_any_number_of_processes(tmp_path):
