@@ -13,10 +13,12 @@ SITE := _build/html
 PDF := _build/weighing-adam.pdf
 PDF_PAGE := _build/singlehtml/book/intro.html
 JOBS ?= 2
+RELEASE ?= file://$(CURDIR)/dist
+SITE_ADDRESS ?= file://$(CURDIR)/$(SITE)
 
 unexport IN_TEST           # under it, nbdev exports nothing and says nothing
 
-.PHONY: help install test export run-notebooks check-notebooks records tables verify book linkcheck probe dist release pdf bench bench-loops bench-steps bench-qrnn bench-cache cases bench-decode bench-epochs samples counterexamples survey clean
+.PHONY: help install test export run-notebooks check-notebooks records tables verify book linkcheck probe dist launch release pdf bench bench-loops bench-steps bench-qrnn bench-cache cases bench-decode bench-epochs samples counterexamples survey clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -76,6 +78,10 @@ probe: $(READY)  ## ask the addresses of the data sets, without fetching them
 dist: $(READY)  ## build the wheel and the source archive into dist/
 	rm -rf dist
 	$(BIN)/uv build --out-dir dist .
+
+launch: $(READY)  ## copies of the chapters for Colab and Kaggle into dist/launch/, beside the wheel
+	$(BIN)/uv build --quiet --wheel --out-dir dist .
+	$(BIN)/python tools/launch.py --release "$(RELEASE)" --site "$(SITE_ADDRESS)" --out dist
 
 release: book dist  ## dist/ with wheel, source archive and the zipped site, for TAG=v0.1.0
 	@version=$$($(BIN)/python -c 'import tomllib; print(tomllib.load(open("pyproject.toml", "rb"))["project"]["version"])'); \

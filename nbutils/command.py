@@ -336,3 +336,7 @@ def main(words=None):
     if isinstance(code, str):
         print(code, file=sys.stderr)
     return 1 if isinstance(code, str) else code or 0
+
+# %% ../nbs/a4-command.ipynb #module
+if __name__ == "__main__" and "__file__" in globals():
+    main()

@@ -85,6 +85,11 @@ def test_script_from_an_empty_folder(tmp_path):
     assert [p.name for p in tmp_path.glob("runs/*/*/*/*")] == ["5.lock"]
 
 
+def test_module_is_the_script(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "nbutils.command", "table", "cifar10", "--size", "smok"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "smok" in plain_failure(done.stderr)
+
+
 def test_jobs(home):
     """Two cells at once in processes of their own, one of which cannot be written: the other comes, and the exit status says so."""
     (home / "runs/cifar10/smoke").mkdir(parents=True)

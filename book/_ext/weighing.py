@@ -9,18 +9,24 @@
    shows what its API page says of it, not the docstring of its type.
 3. The API pages are nitpicky about our own names only. A type in a docstring that is torch's or
    Python's links to its documentation where the address is known, and is plain text elsewhere.
-4. MathJax is copied into the site, so that formulas can be read without a network. Its files
+4. Where the repository is public, a chapter's title is followed by links that open its copy for
+   Colab and Kaggle (tools/launch.py). The address comes from the variable WEIGHING_REPOSITORY,
+   which the workflow of the pages sets once the copies of this version are there.
+5. MathJax is copied into the site, so that formulas can be read without a network. Its files
    come from the package sphinx-mathjax-offline (whose own extension copies five times as much).
 """
 import importlib.util
 import json
+import os
 import re
 import shutil
+import tomllib
 from pathlib import Path
 
 from docutils import nodes
 from sphinx.util.docstrings import prepare_docstring
 
+VERSION = tomllib.loads(Path(__file__).parents[2].joinpath("pyproject.toml").read_text("utf-8"))["project"]["version"]
 MATHJAX = ("tex-mml-chtml.js", "output/chtml/fonts/woff-v2", "input/tex/extensions")
 
 DIRECTIVE = re.compile(r"^\s*#\|\s*(default_exp|export|exporti|exports|hide)\b.*$")
@@ -81,7 +87,23 @@ def link_to_api(source, module):
     package = module == "__init__"
     page, name = ("index", "nbutils") if package else (module, f"nbutils.{module}")
     line = f"> Exported as [`{name}`](../book/api/{page}.md)."
+    return below_the_title(source, line)
+
+
+def below_the_title(source, line):
+    """Add a paragraph to the quotation that follows the title."""
     return re.sub(r"\A(# .*\n+(?:>.*\n)*>.*)$", lambda m: f"{m[1]}\n>\n{line}", source, count=1, flags=re.M)
+
+
+def launch_links(repository, version, name):
+    """Links that open a chapter's copy, on the branch that the release put it on; none without an address."""
+    if not repository:
+        return ""
+    if not re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+", repository):
+        raise ValueError(f"WEIGHING_REPOSITORY is {repository!r}: it has to be like https://github.com/OWNER/NAME")
+    copy = f"{repository}/blob/launch/v{version}/{name}"
+    colab = copy.replace("https://github.com/", "https://colab.research.google.com/github/")
+    return f"> Run a copy: [Colab]({colab}) or [Kaggle](https://kaggle.com/kernels/welcome?src={copy})."
 
 
 def read_notebook(app, docname, content):
@@ -98,6 +120,9 @@ def read_notebook(app, docname, content):
         first["source"] = re.sub(r"\A# ", f"# {number} · ", "".join(first["source"]))
     if module:
         first["source"] = link_to_api("".join(first["source"]), module)
+    links = launch_links(app.config.weighing_repository, VERSION, Path(app.env.doc2path(docname)).name)
+    if links:
+        first["source"] = below_the_title("".join(first["source"]), links)
     content[0] = json.dumps(notebook)
 
 
@@ -179,6 +204,7 @@ def copy_mathjax(app, exception):
 
 def setup(app):
     app.config.mathjax_path = f"mathjax/{MATHJAX[0]}"
+    app.add_config_value("weighing_repository", os.environ.get("WEIGHING_REPOSITORY", ""), "env", [str])
     app.connect("build-finished", copy_mathjax)
     app.connect("source-read", read_notebook)
     app.connect("autodoc-process-docstring", without_type, priority=100)  # before napoleon
