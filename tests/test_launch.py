@@ -115,6 +115,17 @@ def test_an_old_torch_is_refused_and_stays(name, old, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_jupyter_without_torch_gets_it(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda: [importlib.metadata.distribution("numpy")])
+    monkeypatch.setattr(subprocess, "run", lambda words, **k: asked.append(words) or subprocess.CompletedProcess(words, 1, "", "stop here"))
+    with pytest.raises(RuntimeError, match="stop here"):
+        exec(install("file:///nowhere"), {})
+    assert asked[0][-1].startswith("nbutils[data] @ file:///nowhere/nbutils-")
+    assert (tmp_path / "stays.txt").read_text() == f"numpy=={importlib.metadata.version('numpy')}"
+
+
 def test_a_wheel_that_cannot_be_had_is_told(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 1, "", "ERROR: no such wheel"))

@@ -43,13 +43,13 @@ import importlib.metadata as installed
 import io, os, pathlib, re, subprocess, sys, urllib.request, zipfile
 
 RELEASE = "{release}"
+names = {{d.name for d in installed.distributions() if d.name}}
 for name, least in {least}:
-    found = installed.version(name)
-    if [int(n) for n in re.findall(r"\\d+", found)[:2]] < least:
+    found = installed.version(name) if name in names else None
+    if found and [int(n) for n in re.findall(r"\\d+", found)[:2]] < least:
         raise RuntimeError(f"nbutils {version} needs {{name}} {{'.'.join(map(str, least))}} or newer; this runtime "
                            f"has {{found}}. Choose its newest version: on Colab under Runtime, "
                            "Change runtime type; on Kaggle under Settings, Environment.")
-names = {{d.name for d in installed.distributions() if d.name}}
 pins = [f"{{name}}=={{installed.version(name)}}" for name in sorted(names)]
 pathlib.Path("stays.txt").write_text(
     "\\n".join(p for p in pins if re.fullmatch(r"[\\w.-]+==\\d[\\d.]*(\\+[\\w.]+)?", p)))
