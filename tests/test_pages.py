@@ -226,6 +226,35 @@ def test_pdf_says_what_it_needs(monkeypatch, capsys, tmp_path):
     assert "needs Chromium or Chrome" in capsys.readouterr().out
 
 
+def test_pdf_is_printed_from_where_its_styles_lie(tmp_path):
+    """Sphinx's single page lies in book/, while its links start at the folder above."""
+    page = tmp_path / "book" / "intro.html"
+    text = '<link href="_static/custom.css?v=1" rel="stylesheet"><script src="_static/math.js"></script>'
+    with pytest.raises(SystemExit, match="no folder above it has _static"):
+        pdf.place(page, text)
+    (tmp_path / "_static").mkdir()
+    (tmp_path / "_static" / "custom.css").write_text("")
+    with pytest.raises(SystemExit, match=r"not found in .*: _static/math\.js$"):
+        pdf.place(page, text)
+    (tmp_path / "_static" / "math.js").write_text("")
+    assert pdf.place(page, text) == tmp_path
+
+
+@pytest.mark.parametrize("written, printed", (
+    ('<a class="x" href="book/intro.html#here">', '<a class="x" href="#here">'),
+    ('<a href="../book/runs.html#here">', '<a href="#here">'),
+    ('<a href="11-cifar10.html">', '<a href="#document-nbs/11-cifar10">'),
+    ('<a href="../records/a.json">', "<a >"),
+    ('<a href="#nowhere">', "<a >"),
+    ('<a href="https://x.example/#here">', '<a href="https://x.example/#here">'),
+    ('<script src="../_static/lab/lab.js">', '<script src="_static/lab/lab.js">'),
+    ('<link href="../_static/lab/lab.css">', '<link href="_static/lab/lab.css">'),
+))
+def test_links_of_the_pdf_hold_on_paper(written, printed):
+    places = '<p id="here"></p><span id="document-nbs/11-cifar10"></span>'
+    assert pdf.relinked(places + written) == places + printed
+
+
 def test_pdf_opens_what_is_folded():
     text = pdf.printable('<html lang="en" data-mode="dark" ><details class="hide"><summary>a</summary></details><details open>')
     assert 'data-mode="light"' in text and 'data-theme="light"' in text

@@ -4,7 +4,8 @@
     python tools/pdf.py _build/singlehtml/book/intro.html _build/weighing-adam.pdf
 
 `make pdf` builds that page first. A copy of it is printed in which the light theme is on and
-everything folded is open; custom.css has what else is different on paper.
+everything folded is open; custom.css has what else is different on paper. Sphinx writes the page
+where the root document lies (book/), but its links start where _static lies: there goes the copy.
 """
 import argparse
 import os
@@ -31,18 +32,56 @@ def browser():
     return next((path for path in found if path), None) or next((p for p in APPLICATIONS if os.access(p, os.X_OK)), None)
 
 
+def relinked(text):
+    """The page with links that hold on paper: to its own places, or to the network.
+
+    A chapter's page is a place in this one. What is left are files of the site, such as records:
+    Chromium would write where they lie on this machine into the PDF.
+    """
+    places = set(re.findall(r'\bid="([^"]+)"', text))
+
+    def link(match):
+        path, _, place = match[1].partition("#")
+        if re.match(r"[a-z]+:", path):
+            return match[0]
+        if path and not place:
+            name = path.removesuffix(".html").replace("../", "")
+            place = next((p for p in sorted(places) if p.startswith("document-") and p.endswith("/" + name.split("/")[-1])), "")
+        return f'href="#{place}"' if place in places else ""
+
+    text = re.sub(r'(?<=<a )[^>]*', lambda a: re.sub(r'\bhref="([^"]*)"', link, a[0]), text)
+    return re.sub(r'\b((?:src|href)=")(?:\.\./)+(?=_static/)', r"\1", text)
+
+
 def printable(text):
-    """The page in the light theme, with every fold open."""
+    """The page in the light theme, with every fold open and links that hold on paper."""
+    text = relinked(text)
     text = re.sub(r"<html\b([^>]*)>", lambda m: "<html" + re.sub(r'\s+data-(?:mode|theme)="[^"]*"', "", m[1]).rstrip()
                   + ' data-mode="light" data-theme="light">', text, count=1)
     text = re.sub(r"<details\b(?![^>]*\bopen\b)", "<details open", text)
     return text.replace('localStorage.getItem("mode")', '"light"').replace('localStorage.getItem("theme")', '"light"')
 
 
+def place(page, text):
+    """Where the page's links start: the nearest folder above it with _static; SystemExit if one is broken.
+
+    Without its style sheets and MathJax, Chromium would still print a book, and a poor one.
+    """
+    root = next((folder for folder in page.parents if (folder / "_static").is_dir()), None)
+    if root is None:
+        raise SystemExit(f"{page}: no folder above it has _static: build it with `make pdf`")
+    loaded = re.findall(r'<(?:link|script)\b[^>]*?\b(?:href|src)="([^"#?:]+\.(?:css|js))\b', text)
+    lost = sorted({name for name in loaded if not (root / name).is_file()})
+    if lost:
+        raise SystemExit(f"{page}: not found in {root}: {', '.join(lost)}")
+    return root
+
+
 def print_page(chromium, page, target, seconds):
     """Run Chromium with a profile of its own; SystemExit if no PDF comes."""
-    copy = page.with_name("print.html")
-    copy.write_text(printable(page.read_text(encoding="utf-8")), encoding="utf-8")
+    text = printable(page.read_text(encoding="utf-8"))
+    copy = place(page, text) / "print.html"
+    copy.write_text(text, encoding="utf-8")
     sandbox = ["--no-sandbox"] * (hasattr(os, "geteuid") and os.geteuid() == 0)  # Chromium refuses root otherwise
     target.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as profile:
