@@ -1,5 +1,6 @@
 """What the pages promise: every public name has an entry, chapters and API lead to each other,
 parts name their chapters, tables are the records', the status page says no more than is known."""
+import base64
 import importlib
 import json
 import re
@@ -214,6 +215,72 @@ def test_check_site_sees_what_is_wrong(tmp_path):
     said = "\n".join(check_site.problems(tmp_path))
     assert "nbs/03-adam.html: https://x.example/a.png comes from the network" in said
     assert "nbs/03-adam.html: does not lead back to book/api/adam.html" in said
+
+
+GOOD_PAGE = """<html lang="en"><head><title>One</title><script>const A = 1;</script><script>const B = 1;</script></head>
+<body><article><h1>One</h1><p>From $HOME on.</p><p>So <code>$x$</code> <span class="math">\\(x\\)</span></p><h2>Two</h2><h3>Three</h3>
+<h2>Four</h2><img src="data:," alt="A line."></article></body></html>"""
+
+
+@pytest.mark.parametrize("good, bad, said", (
+    (' lang="en"', "", "no lang"),
+    ("<title>One</title>", "<title></title>", "no title"),
+    ("<h2>Four</h2>", "<h1>Four</h1>", "2 first headings"),
+    ("<h2>Two</h2>", "", "a heading of level 3 below one of level 1"),
+    ("<code>$x$</code>", "$x$", "raw markup: $x$"),
+    ('<span class="math">\\(x\\)</span>', "\\(x\\)", "raw markup: \\("),
+    ("Three", "{cite:t}`adam`", "raw markup: {cite:t}`"),
+    ("const B", "const A", "2 scripts declare A"),
+    ('alt="A line."', 'alt=" "', "an image without alt text: data:,"),
+))
+def test_check_site_sees_what_a_reader_would(tmp_path, good, bad, said):
+    page = tmp_path / "index.html"
+    page.write_text(GOOD_PAGE, "utf-8")
+    assert list(check_site.problems(tmp_path)) == []
+    assert GOOD_PAGE.count(good) == 1
+    page.write_text(GOOD_PAGE.replace(good, bad), "utf-8")
+    assert list(check_site.problems(tmp_path)) == [f"index.html: {said}"]
+
+
+def test_no_script_of_thebe_is_left():
+    files = [types.SimpleNamespace(filename="_static/custom.js", attributes={}),
+             types.SimpleNamespace(filename="", attributes={"body": "const thebe_selector = 1"}),
+             types.SimpleNamespace(filename="_static/sphinx-thebe.js", attributes={}), "_static/old-style.js"]
+    context = {"script_files": list(files)}
+    weighing.without_thebe(None, "page", "page.html", context, None)
+    assert context["script_files"] == [files[0], files[3]]
+
+
+def test_an_interval_is_not_broken_over_lines():
+    cells = [{"outputs": [{"data": {"text/html": ["<td>5.74 ± 0.16", "</td><td>± t</td>"]}}, {"text": "5 ± 1"}]}, {}]
+    weighing.whole_intervals(cells)
+    assert cells[0]["outputs"] == [{"data": {"text/html": "<td>5.74\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}0.16</td><td>± t</td>"}},
+                                   {"text": "5 ± 1"}]
+
+
+def test_black_is_seen_on_a_dark_page():
+    def cells(color):
+        data = base64.b64encode(f'<svg><path style="stroke: {color}"/></svg>'.encode()).decode()
+        return [{"outputs": [{"data": {"text/html": [f'<img class="figure" alt="A line." src="data:image/svg+xml;base64,{data}">']}}]}]
+
+    grey, black = cells("#808080"), cells("#000000")
+    before = "".join(black[0]["outputs"][0]["data"]["text/html"])
+    weighing.dark_twins(grey)
+    weighing.dark_twins(black)
+    assert "".join(grey[0]["outputs"][0]["data"]["text/html"]) == "".join(cells("#808080")[0]["outputs"][0]["data"]["text/html"])
+    light, dark = re.findall("<img[^>]*>", black[0]["outputs"][0]["data"]["text/html"])
+    assert light == before.replace('class="figure"', 'class="figure only-light"')
+    assert 'class="figure only-dark" alt="A line."' in dark
+    assert base64.b64decode(re.search("base64,([^\"]+)", dark)[1]) == b'<svg><path style="stroke: #e0e0e0"/></svg>'
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "nbs").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_every_figure_is_known_to_the_pages(path):
+    """A figure of another form would get no twin, and its black would be lost on dark pages."""
+    for cell in cells_of(path):
+        for output in cell.get("outputs", []):
+            html = "".join(output.get("data", {}).get("text/html", ""))
+            assert html.count("data:image/svg+xml") == len(weighing.FIGURE.findall(html)), cell["id"]
 
 
 # --- PDF ---------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
    which custom.css flags it; a hidden cell is removed; a cell that held nothing else is dropped.
    Titles get the chapter's number, from the file's name; the line below the title gets a link to
    the API page of the module that the chapter exports. Folded solutions fold their outputs.
+   Black in a figure would be lost on a dark page, which gets a copy of it in light grey.
 2. In docstrings `x` is code and |x| an absolute value, as in the chapters' Markdown. A constant
    shows what its API page says of it, not the docstring of its type.
 3. The API pages are nitpicky about our own names only. A type in a docstring that is torch's or
@@ -14,7 +15,10 @@
    which the workflow of the pages sets once the copies of this version are there.
 5. MathJax is copied into the site, so that formulas can be read without a network. Its files
    come from the package sphinx-mathjax-offline (whose own extension copies five times as much).
+5. Thebe, which would run cells on a server elsewhere, is left out: Jupyter Book puts its script
+   into every page twice, and the second copy is an error in the browser's console.
 """
+import base64
 import importlib.util
 import json
 import os
@@ -112,6 +116,8 @@ def read_notebook(app, docname, content):
         return
     notebook = json.loads(content[0])
     fold_solutions(notebook["cells"])
+    whole_intervals(notebook["cells"])
+    dark_twins(notebook["cells"])
     module = module_of(notebook["cells"])
     cells = (plain_cell(c) if c["cell_type"] == "code" else c for c in notebook["cells"])
     notebook["cells"] = [c for c in cells if c is not None]
@@ -124,6 +130,36 @@ def read_notebook(app, docname, content):
     if links:
         first["source"] = below_the_title("".join(first["source"]), links)
     content[0] = json.dumps(notebook)
+
+
+def whole_intervals(cells):
+    """A mean and its interval stay on one line of a table's cell."""
+    for cell in cells:
+        for output in cell.get("outputs", []):
+            html = output.get("data", {}).get("text/html")
+            if html:
+                output["data"]["text/html"] = re.sub(r"(?<=\d) ± (?=\d)", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}",
+                                                     "".join(html))
+
+
+FIGURE = re.compile(r'<img class="figure" (alt="[^"]*") src="data:image/svg\+xml;base64,([^"]+)">')
+
+
+def dark_twins(cells):
+    """A figure with black in it gets a twin with light grey instead, which dark pages show."""
+    def both(match):
+        drawn = base64.b64decode(match[2])
+        if b"#000000" not in drawn:
+            return match[0]
+        twin = base64.b64encode(drawn.replace(b"#000000", b"#e0e0e0")).decode()
+        return "".join(f'<img class="figure only-{page}" {match[1]} src="data:image/svg+xml;base64,{data}">'
+                       for page, data in (("light", match[2]), ("dark", twin)))
+
+    for cell in cells:
+        for output in cell.get("outputs", []):
+            html = output.get("data", {}).get("text/html")
+            if html:
+                output["data"]["text/html"] = FIGURE.sub(both, "".join(html))
 
 
 CODE = re.compile(r"(:[\w:]+:`[^`]*`|``.+?``|`[^`]+`_{0,2})")
@@ -187,6 +223,12 @@ def resolve(app, env, node, contnode):
     return contnode
 
 
+def without_thebe(app, pagename, templatename, context, doctree):
+    """Sphinx's html-page-context: no script of Thebe's in any page."""
+    context["script_files"] = [file for file in context["script_files"] if not any(
+        "thebe" in str(text).lower() for text in (file, getattr(file, "attributes", {}).get("body", "")))]
+
+
 def copy_mathjax(app, exception):
     """Sphinx's build-finished: put MathJax and its fonts into the site."""
     if exception is not None or app.builder.format != "html":
@@ -210,4 +252,5 @@ def setup(app):
     app.connect("autodoc-process-docstring", without_type, priority=100)  # before napoleon
     app.connect("autodoc-process-docstring", plain_markup)
     app.connect("missing-reference", resolve)
+    app.connect("html-page-context", without_thebe, priority=900)  # after those that add scripts
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
