@@ -1,9 +1,15 @@
-// What scrolls sideways can be reached and scrolled by keyboard.
+// What scrolls sideways can be reached and scrolled by keyboard; a formula that does not is no stop on the way.
 function reachable() {
-  for (const box of document.querySelectorAll(".pst-scrollable-table-container, .cell_output table, div.output, mjx-container[display]")) {
-    if (box.scrollWidth > box.clientWidth + 1) box.tabIndex = 0;
-    else if (box.matches("[tabindex]:not(pre, mjx-container)")) box.removeAttribute("tabindex");
+  for (const image of document.querySelectorAll("img.figure")) image.classList.toggle("wide", image.naturalWidth > 600);
+  for (const box of document.querySelectorAll(".pst-scrollable-table-container, div.output, mjx-container")) {
+    if (box.scrollWidth > box.clientWidth + 1 && !box.matches("mjx-container:not([display])")) box.tabIndex = 0;
+    else if (box.matches("mjx-container")) box.tabIndex = -1;
+    else if (box.matches("[tabindex]")) box.removeAttribute("tabindex");
   }
 }
-addEventListener("load", reachable);
+addEventListener("load", function () {
+  for (const fold of document.querySelectorAll(".bd-sidebar-primary summary")) fold.setAttribute("aria-label", "Pages below this one");
+  reachable();
+  if (window.MathJax && MathJax.startup && MathJax.startup.promise) MathJax.startup.promise.then(reachable);
+});
 addEventListener("resize", reachable);
