@@ -15,7 +15,7 @@
    which the workflow of the pages sets once the copies of this version are there.
 5. MathJax is copied into the site, so that formulas can be read without a network. Its files
    come from the package sphinx-mathjax-offline (whose own extension copies five times as much).
-5. Thebe, which would run cells on a server elsewhere, is left out: Jupyter Book puts its script
+6. Thebe, which would run cells on a server elsewhere, is left out: Jupyter Book puts its script
    into every page twice, and the second copy is an error in the browser's console.
 """
 import base64
