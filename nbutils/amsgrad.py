@@ -34,7 +34,7 @@ Adam = optimizer(
 
     Parameters
     ----------
-    params : iterable of Tensor, or of dict
+    params : iterable of Tensor or dict
     lr : float
         Learning rate: about the length of a step, in units of the weights.
     betas : (float, float)
@@ -64,7 +64,7 @@ AdamW = optimizer(
 
     Parameters
     ----------
-    params : iterable of Tensor, or of dict
+    params : iterable of Tensor or dict
     lr : float
         Learning rate: about the length of a step, in units of the weights.
     betas : (float, float)

@@ -209,7 +209,7 @@ def _folder(variable, inside):
 def records_folder():
     """Return where records lie.
 
-    $NBUTILS_RECORDS, else book/records of the checkout around the working folder, else
+    `$NBUTILS_RECORDS`, else book/records of the checkout around the working folder, else
     ./records.
     """
     return _folder("NBUTILS_RECORDS", "book/records")
@@ -218,7 +218,7 @@ def records_folder():
 def runs_folder():
     """Return where unfinished runs lie.
 
-    $NBUTILS_RUNS, else runs in the checkout around the working folder, else ./runs.
+    `$NBUTILS_RUNS`, else runs in the checkout around the working folder, else ./runs.
     """
     return _folder("NBUTILS_RUNS", "runs")
 

@@ -66,7 +66,7 @@ def verify(path, *, sha256=None, md5=None, raw=None):
 
 # %% ../nbs/a2-files.ipynb #data-home
 def data_home():
-    """The folder of the data files: $NBUTILS_DATA if it is set, else ~/.cache/nbutils."""
+    """The folder of the data files: `$NBUTILS_DATA` if it is set, else ~/.cache/nbutils."""
     return Path(os.environ.get("NBUTILS_DATA") or "~/.cache/nbutils").expanduser()
 
 

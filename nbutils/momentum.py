@@ -27,7 +27,7 @@ SGD = optimizer(
 
     Parameters
     ----------
-    params : iterable of Parameter or of dict
+    params : iterable of Parameter or dict
     lr : float
         Learning rate, 0 or more.
     momentum : float

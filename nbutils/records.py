@@ -230,7 +230,7 @@ def versions():
 def code_state():
     """Return (commit, code_hash).
 
-    The checkout's commit, with a + if files changed since, or what $NBUTILS_COMMIT says
+    The checkout's commit, with a + if files changed since, or what `$NBUTILS_COMMIT` says
     (where a copy runs that git cannot tell of); and the SHA-256 of nbutils' files.
     """
     here = Path(nbutils.__file__).parent

@@ -412,7 +412,7 @@ def make_optimizer(config, params, device="cpu"):
     Parameters
     ----------
     config : Wikitext2Config
-    params : iterable of Tensor or of dict
+    params : iterable of Tensor or dict
         As for any optimizer of torch.
     device : str or torch.device
         On a GPU the step runs by the engine "fast", see :mod:`nbutils.engines`.

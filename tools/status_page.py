@@ -120,7 +120,7 @@ def runs(folder=RECORDS):
                 continue
             records = task.records(size, folder)
             devices = Counter(r.device for r in records).most_common()
-            last = max((r.started[:10] for r in records), default="–")
+            last = max((r.started[:10] for r in records), default="–").replace("-", "\u2011")  # no line break in a date
             rows.append([name, size, *counts(name, size, folder), len(records), task.seeds[size],
                          "; ".join(f"{device} ({n})" for device, n in devices) or "–", last])
     return table(["task", "size", "complete rows", "incomplete", "not run", "runs", "seeds wanted",
