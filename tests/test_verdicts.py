@@ -70,6 +70,19 @@ def test_share(k, n, claimed, verdict):
     assert share([True] * k + [False] * (n - k), claimed).verdict == verdict
 
 
+def test_a_share_that_is_said_to_be_rare_fails_if_it_is_not():
+    """'Once in twenty' is no praise: twenty of twenty does not keep it."""
+    assert share([True] * 20, 0.05).verdict == "held"
+    assert share([True] * 20, 0.05, or_more=False).verdict == "failed"
+    assert share([False] * 3, 0.05, or_more=False).verdict == share([True] + [False] * 19, 0.05, or_more=False).verdict == "held"
+
+
+@pytest.mark.parametrize("claimed", [94, -0.1, math.nan])
+def test_a_claimed_share_that_is_none_is_refused(claimed):
+    with pytest.raises(ValueError, match=f"claimed is {claimed}: give a share"):
+        share([True] * 3, claimed)
+
+
 def test_never_falls_with_one_counter_example():
     still = {str(i): Interval(0.0, 0.1, 5) for i in range(9)}
     assert absence(still).verdict == "held"
@@ -130,6 +143,48 @@ def test_every_claim_of_the_article_has_a_line():
     names = [claim.name for claim in CLAIMS]
     assert set(ARTICLE) <= set(names) and len(set(names)) == len(names)
     assert all(re.search(r"[.)]$", claim.says) for claim in CLAIMS)
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Give the ledger made figures: {(task, size, row): values of every metric}."""
+    def give(made):
+        monkeypatch.setattr(verdicts, "_values", lambda task, row, metric, size="full", scale=100.0:
+                            [scale * v for v in made.get((task, size, row), [])])
+        monkeypatch.setattr(verdicts, "_gap", lambda task, row, other, metric, size="full":
+                            mean_interval([a - b for a, b in zip(made[task, size, row], made[task, size, other])])
+                            if {(task, size, row), (task, size, other)} <= set(made) else None)
+        return {claim.name: claim.judge() for claim in CLAIMS if claim.size and "no rows" not in claim.judge().figure}
+    return give
+
+
+def test_the_rare_share_of_the_article_can_fail(figures):
+    assert figures({("cifar10", "full", "adam-l2-18"): [0.05] * 9})["adam-18-tta"].verdict == "failed"
+    assert figures({("cifar10", "full", "adam-l2-18"): [0.07] * 9})["adam-18-tta"].verdict == "held"
+
+
+def test_decay_is_held_against_l2_and_against_none(figures):
+    """At the article's size whole pictures count, and not the crops alone."""
+    rows = {"adamw": [0.10, 0.11, 0.12, 0.10], "adam-l2": [0.15, 0.16, 0.17, 0.151], "wd0": [0.10, 0.112, 0.119, 0.10]}
+    found = figures({("cars", "full", row): values for row, values in rows.items()})
+    assert found["wd-not-always"].verdict == "failed" and "whole cars" in found["wd-not-always"].figure
+    assert found["wd-or-none"].verdict == "held" and found["wd-not-always-laptop"].verdict == "not run"
+
+
+@pytest.mark.parametrize("l2, decay, verdict", [("1e-6", "3e-1", "held"), ("1e-6", "1e-1", "weaker"), ("1e-4", "3e-1", "weaker"),
+                                                ("1e-5", "3e-2", "failed")])
+def test_the_grids_judge_the_best_coefficients(figures, l2, decay, verdict):
+    cells = [c for c in get_task("cifar10").configs if c.size == "full" and c.row.startswith("grid-")]
+    best = {f"grid-adam-l2-{l2}-lr-3e-3", f"grid-adamw-wd-{decay}-lr-1e-3"}
+    made = {("cifar10", "full", c.row): [0.07 if c.row in best else 0.08] for c in cells}
+    assert len(made) == 12 and figures(made)["wd-scale"] == Finding(f"best L2 {float(l2):g}, best decay {float(decay):g}", 12, verdict)
+    made.pop(("cifar10", "full", "grid-adamw-wd-3e-2-lr-1e-3"))
+    assert figures(made)["wd-scale"] == Finding("the grid of weight_decay is not complete", 11, "not run")
+
+
+def test_a_line_without_rows_says_so():
+    found = {claim.name: claim.judge() for claim in CLAIMS}
+    assert {name for name, f in found.items() if f.figure == "no rows yet"} == {"super-convergence", "beta2", "beta1-cycle", "adam-vs-sgd"}
 
 
 def test_links_lead_to_rows_or_chapters():
