@@ -61,10 +61,12 @@ class CarsConfig(Config):
     divide : tuple of float
         What the rates of the three groups are divided by.
     optimizer : {"adamw", "adam"}
+    amsgrad : bool
     l2, weight_decay : float
         Added to the gradient; taken from the weight.
     momentum : (float, float)
         beta1 at low and at peak learning rate.
+    beta2 : float
     tail : float
         The last phase's share of each cycle.
     views : int
@@ -76,7 +78,8 @@ class CarsConfig(Config):
     ------
     ValueError
         For a name that does not exist, a setting that the row's optimizer would not
-        use, and a head that is trained for all epochs.
+        use, a number of classes or views below what makes sense, and a head that is
+        trained for all epochs.
     """
 
     task: str = "cars"
@@ -112,6 +115,9 @@ class CarsConfig(Config):
         if getattr(self, idle):
             raise ValueError(f"{idle} is {getattr(self, idle)}, but the optimizer "
                              f"{self.optimizer} of this row has none: leave it out")
+        if self.every < 1 or self.views < 0:
+            raise ValueError(f"every is {self.every} and views {self.views}: give 1 for all "
+                             "classes, and 0 for no views")
         if not 0 < self.head_epochs < self.epochs:
             raise ValueError(f"head_epochs is {self.head_epochs} of {self.epochs} epochs: "
                              "leave some for the head alone, and some for the whole net")
@@ -154,7 +160,8 @@ def _read_weights(name):
     if name == "decoded":
         path = data_home() / "resnet50-imagenet" / "resnet50-pqf.pt"
         if not path.exists():
-            raise FileNotFoundError(f"{path} is missing: chapter 12 says where it comes from")
+            raise FileNotFoundError(f"{path} is missing: chapter 12 says what it is; put it "
+                                    'there, or take rows with weights="imagenet1k-v1"')
         return torch.load(verify(path, sha256=_DECODED_SHA256), weights_only=True)
     url = "https://download.pytorch.org/models/resnet50-0676ba61.pth"
     return torch.hub.load_state_dict_from_url(

@@ -445,3 +445,9 @@ def test_laptop_pictures_are_every_fourth_class():
     assert train.x.shape[-2:] == (67, 67), "what a zoom of 1.05 needs"
     assert len(train) % 64 != 1, "the head's norms refuse a batch of one picture"
     assert 1900 < len(train) < 2200 and 1900 < len(test) < 2200
+
+
+@pytest.mark.parametrize("wrong", [{"every": 0}, {"every": -4}, {"views": -1}])
+def test_impossible_numbers_of_classes_and_views_are_refused(wrong):
+    with pytest.raises(ValueError, match="every is .* and views .*: give 1 for all classes, and 0 for no views"):
+        CarsConfig(size="full", row="any", **wrong)

@@ -244,7 +244,7 @@ def test_table_and_tally(made):
     lines = verdicts.ledger()
     table, counts = verdicts.ledger_table(lines), verdicts.tally(lines)
     assert len(table.rows) == len(CLAIMS) == sum(counts.values()) and list(counts) == list(VERDICTS)
-    row = next(row for row in table.rows if row[0].text.startswith("Its mean error is 5.66"))
+    row = next(row for row in table.rows if row[0].text.startswith("The mean error of AdamW is 5.66"))
     assert [c.text for c in row[1:]] == ["full", "5.70 ± 0.25 %", "3", "held"]
     assert row[2].link == "../book/runs.html#cifar10-full-adamw-30"
     assert table.rows[0][2].link == "01-sgd.html"
