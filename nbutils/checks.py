@@ -46,6 +46,8 @@ def _form(fields):
     for name, value in _leaves(fields):
         if isinstance(value, float) and not math.isfinite(value):
             yield f"{name} is {value}, which is no result"
+        elif isinstance(value, int) and abs(value) >= 2**63:
+            yield f"{name} has {len(str(abs(value)))} digits, which is no result"
 
 # %% ../nbs/a10-checks.ipynb #says-code
 _VERSIONS = ("python", "platform", "torch", "torchvision", "nbutils")
@@ -107,11 +109,33 @@ def _history(r):
     seconds = sum(row["seconds"] + row["valid_seconds"] for row in r.history)
     if not seconds * 0.999 <= r.seconds <= 3 * seconds + 600:
         yield f"seconds is {r.seconds:.1f}, and the epochs took {seconds:.1f}"
-    yield from _curve(r)
+    yield from _kinds(r) or _curve(r)
 
 
+def _number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _numbers(value):
+    return isinstance(value, list) and value != [] and all(map(_number, value))
+
+
+def _kinds(r):
+    """List which settings and curves, compared below, are no numbers."""
+    one = {name: r.config[name] for name in ("lr", "head_lr") if name in r.config}
+    some = {name: r.config[name] for name in ("divide", "momentum") if name in r.config}
+    wrong = {name: value for name, value in one.items() if not _number(value)}
+    wrong |= {name: value for name, value in some.items()
+              if not _numbers(value) or name == "divide" and min(value) <= 0}
+    found = [f"the settings' {name} is {value!r:.60}, where "
+             f"{'a number is' if name in one else 'a list of numbers is'} expected"
+             for name, value in wrong.items()]
+    return found + [f"curve.{name} is no list of numbers" for name, values in r.curve.items()
+                    if not _numbers(values)]
+
+# %% ../nbs/a10-checks.ipynb #curve-code
 def _curve(r):
-    lengths = {len(v) if isinstance(v, list) else -1 for v in r.curve.values()}
+    lengths = {len(v) for v in r.curve.values()}
     if not {"step", "loss", "lr", "momentum"} <= set(r.curve) or len(lengths) != 1 \
             or not 1 <= min(lengths) <= 200:
         yield "curve does not have step, loss, lr and momentum at 1 to 200 steps each"
@@ -239,7 +263,7 @@ def check_record(path, folder=None):
         fields = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         return Verdict(path, None, (f"it cannot be read: {error.strerror}",))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return Verdict(path, None, (f"it is not JSON: {error}",))
     if not isinstance(fields, dict):
         return Verdict(path, None, ("it is not a record: a JSON object was expected",))

@@ -167,3 +167,60 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     old = json.loads(good.read_text()) | {"recipe": 999}
     assert main(["check", str(write(tmp_path, old, name="old.json"))]) == 1
     assert "does not count: it was made by recipe 999" in capsys.readouterr().out
+
+
+# --- a stranger's file may hold anything ------------------------------------------------------------
+ODD = (None, "x", -1, 0, 1e300, 10**400, [], {}, [1], {"a": 1}, True, [None], ["x"], [[]])
+
+
+def places(value, where=()):
+    """The ways to all values of a nested record, of long lists the first two."""
+    yield where
+    inner = value.items() if isinstance(value, dict) else enumerate(value[:2]) if isinstance(value, list) else ()
+    for key, v in inner:
+        yield from places(v, (*where, key))
+
+
+@pytest.mark.parametrize("cell", [("cifar10", "adamw-30", "laptop"), ("cars", "crops-adamw", "laptop"), ("wikitext2", "lstm-adam", "laptop")],
+                         ids=lambda cell: cell[0])
+def test_any_value_in_any_place_ends_in_a_sentence(cell, tmp_path):
+    """With a hash that fits, so that the settings themselves are what is odd."""
+    told, whole = 0, json.loads(write(tmp_path, sound(*cell, 3)).read_text())
+    for where in list(places(whole))[1:]:
+        for odd in ODD:
+            fields = copy.deepcopy(whole)
+            set_in(*where, to=odd)(fields)
+            if where[0] == "config" and isinstance(fields["config"], dict):
+                rehash(fields)
+            path = tmp_path / "sent.json"
+            path.write_text(json.dumps(fields))
+            verdict = check_record(path, tmp_path)
+            assert str(path) in str(verdict)
+            told += not verdict.counts
+    assert told > 500
+
+
+@pytest.mark.parametrize("where, to, said", [
+    (("config", "lr"), "0.003", "the settings' lr is '0.003', where a number is expected"),
+    (("config", "momentum"), 0.9, "the settings' momentum is 0.9, where a list of numbers is expected"),
+    (("curve", "lr", 1), None, "curve.lr is no list of numbers"),
+    (("metrics", "loss"), 10**400, "metrics.loss has 401 digits, which is no result")],
+    ids=["rate", "momentum", "curve", "digits"])
+def test_what_is_no_number_is_named(where, to, said, tmp_path):
+    fields = edited(set_in(*where, to=to))
+    rehash(fields)
+    assert said in str(check_record(write(tmp_path, fields)))
+
+
+def test_divisors_of_rates_are_looked_at(tmp_path):
+    for to in ([], [0, 3, 1], 9, ["9", 3, 1]):
+        fields = copy.deepcopy(sound("cars", "crops-adamw", "laptop", 3))
+        fields["config"]["divide"] = to
+        rehash(fields)
+        assert f"the settings' divide is {to!r}, where a list of numbers is expected" in str(check_record(write(tmp_path, fields)))
+
+
+def test_a_file_nested_too_deep_is_no_record(tmp_path):
+    path = tmp_path / "deep.json"
+    path.write_text("[" * 200_000)
+    assert "it is not JSON" in str(check_record(path))
