@@ -60,13 +60,14 @@ def decode(file, side, ratio=1.0):
     Raises
     ------
     ValueError
-        The picture has more than 8 bits a channel.
+        A side or ratio out of range; the picture has more than 8 bits a channel.
     OSError
         Pillow cannot read it.
     """
     import numpy as np
     from PIL import Image, ImageOps
 
+    _check_size(side, ratio)
     with Image.open(file) as picture:
         picture = _rgb(ImageOps.exif_transpose(picture))
         w, h = picture.size
@@ -80,6 +81,12 @@ def decode(file, side, ratio=1.0):
     edges = (0, 0), (lack // 2, lack - lack // 2), (0, 0)
     pixels = np.pad(pixels, edges, "symmetric")
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous()
+
+
+def _check_size(side, ratio):
+    if not (isinstance(side, int) and side >= 1 and 1 <= ratio < float("inf")):
+        raise ValueError(f"side is {side!r} and ratio {ratio!r}: give a whole number "
+                         "from 1 on, and a ratio of 1 or more")
 
 
 def _rgb(picture):
@@ -112,10 +119,10 @@ def decode_pictures(files, side, ratio=1.0, workers=None):
     ------
     PictureError
         Names the pictures that cannot be decoded, and counts them.
+    ValueError
+        A side or ratio out of range.
     """
-    if not (isinstance(side, int) and side >= 1 and ratio >= 1):
-        raise ValueError(f"side is {side!r} and ratio {ratio!r}: give a whole number "
-                         "from 1 on, and a ratio of 1 or more")
+    _check_size(side, ratio)
     out = torch.empty(len(files), 3, side, round(ratio * side), dtype=torch.uint8)
 
     def one(i):
@@ -375,24 +382,26 @@ class Views:
     Raises
     ------
     ValueError
-        For a size, zoom, probability or light out of range.
+        For a size, zoom, rotation, probability or light out of range.
     TypeError
-        When called with pictures that are not uint8.
+        When called with anything but uint8 pictures [b, c, h, w].
     """
 
     def __init__(self, size, train=True, *, zoom=1.05, degrees=10.0, p=0.75, light=0.05,
                  flip=True):
         whole = isinstance(size, int) and size >= 1
-        if not (whole and zoom >= 1 and 0 <= p <= 1 and 0 <= light < 1):
-            raise ValueError(f"size {size}, zoom {zoom}, p {p}, light {light}: give a "
-                             "whole size from 1 on, a zoom from 1 on, p in [0, 1] and "
-                             "light in [0, 1)")
+        if not (whole and zoom >= 1 and 0 <= p <= 1 and 0 <= light < 1
+                and 0 <= degrees <= 180):
+            raise ValueError(f"size {size}, zoom {zoom}, degrees {degrees}, p {p}, light "
+                             f"{light}: give a whole size from 1 on, a zoom from 1 on, "
+                             "degrees in [0, 180], p in [0, 1] and light in [0, 1)")
         self.size, self.train, self.zoom = size, train, zoom
         self.degrees, self.p, self.light, self.flip = degrees, p, light, flip
 
     def __call__(self, x, generator=None):
-        if x.dtype != torch.uint8:
-            raise TypeError(f"Views takes uint8 pictures, not {x.dtype}")
+        if x.dtype != torch.uint8 or x.dim() != 4:
+            raise TypeError("Views takes uint8 pictures [b, c, h, w], not "
+                            f"{x.dtype} {list(x.shape)}")
         if not self.train:
             still = torch.zeros(len(x), device=x.device)
             where = (still + self.size, still + 0.5, still + 0.5, still, still)

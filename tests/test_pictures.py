@@ -523,3 +523,22 @@ def test_there_is_a_record_and_the_page_shows_it():
     assert "*not run*" in "\n".join(speed_page.decode_section([]))
     if records[0]["load"]["anyway"]:
         assert "not quiet" in text
+
+
+@pytest.mark.parametrize("side, ratio", [(0, 1.0), (3.5, 1.0), ("9", 1.0), (9, 0.5), (9, float("nan")), (9, float("inf"))])
+def test_one_picture_of_an_impossible_size_is_refused(side, ratio, tmp_path):
+    Image.new("RGB", (20, 16)).save(tmp_path / "a.png")
+    for call in (lambda: decode(tmp_path / "a.png", side, ratio), lambda: decode_pictures([], side, ratio)):
+        with pytest.raises(ValueError, match="give a whole number from 1 on, and a ratio of 1 or more"):
+            call()
+
+
+@pytest.mark.parametrize("degrees", [-1.0, 181.0, float("nan")])
+def test_impossible_rotations_are_refused(degrees):
+    with pytest.raises(ValueError, match=r"degrees .*: give .* degrees in \[0, 180\]"):
+        Views(8, degrees=degrees)
+
+
+def test_views_name_the_shape_that_they_got():
+    with pytest.raises(TypeError, match=r"uint8 pictures \[b, c, h, w\], not torch.uint8 \[3, 9, 9\]"):
+        Views(8)(torch.zeros(3, 9, 9, dtype=torch.uint8))
