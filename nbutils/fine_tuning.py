@@ -105,7 +105,7 @@ class FineTuneNet(_Freezing, nn.Module):
     Parameters
     ----------
     *groups : Module
-        Run one after the other; the last one is the head.
+        Run one after the other; the last one is the head. ValueError without any.
 
     Attributes
     ----------
@@ -116,6 +116,8 @@ class FineTuneNet(_Freezing, nn.Module):
 
     def __init__(self, *groups):
         super().__init__()
+        if not groups:
+            raise ValueError("the net has no group: give FineTuneNet(group, …, head)")
         self.groups, self.frozen = nn.ModuleList(groups), 0
 
     def forward(self, x):
@@ -193,10 +195,16 @@ class Stage:
     Attributes
     ----------
     epochs : int
+        1 or more.
     lr : float
         The peak of the stage's cycle, at the head; the other groups' are divided.
     frozen : int
-        How many of the net's groups are frozen.
+        How many of the net's groups are frozen, from the first on.
+
+    Raises
+    ------
+    ValueError
+        For less than one epoch, or a rate that is not positive.
     """
 
     epochs: int
@@ -214,13 +222,27 @@ class Stages(Callback):
     Parameters
     ----------
     stages : sequence of Stage
+        One or more; their epochs add up to those of the fit.
+
+    Raises
+    ------
+    ValueError
+        If there is no stage; in ``before_fit``, if the fit has another number of epochs,
+        or a stage would freeze all groups.
+    TypeError
+        In ``before_fit``, for a model that is no :class:`FineTuneNet`.
     """
 
     def __init__(self, stages):
         self.stages = list(stages)
+        if not self.stages:
+            raise ValueError("there is no stage: give one or more, Stage(epochs, lr)")
         self.begins = [0, *itertools.accumulate(s.epochs for s in self.stages)]
 
     def before_fit(self, learner):
+        if not hasattr(learner.model, "freeze"):
+            raise TypeError(f"Stages cannot freeze a {type(learner.model).__name__}: cut it "
+                            "into FineTuneNet(group, …, head)")
         if learner.epochs != self.begins[-1]:
             raise ValueError(f"the stages have {self.begins[-1]} epochs in all, and "
                              f"this fit {learner.epochs}: call fit({self.begins[-1]})")
@@ -295,11 +317,28 @@ def fine_tune(net, train, valid, *, epochs=(3, 5), lr=(1e-2, 3e-3), divide=(9, 3
     **options
         For :class:`nbutils.learner.Learner`.
 
+        Not for ``schedules`` and ``channels_last``, which are set here.
+
     Returns
     -------
     nbutils.learner.Learner
         Ready for ``fit(sum(epochs))``.
+
+    Raises
+    ------
+    ValueError
+        For epochs or rates that are not two, a batch size below 2, and what
+        :class:`Stage` and :meth:`FineTuneNet.param_groups` refuse.
+    TypeError
+        For a net that is not built like a ResNet, and an option that a Learner lacks.
     """
+    two = all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in (epochs, lr))
+    if not (two and batch_size >= 2):
+        raise ValueError(f"epochs {epochs}, lr {lr}, batch_size {batch_size}: give a pair of "
+                         "each for the two stages, and batches of 2 or more")
+    if taken := {"schedules", "channels_last"} & options.keys():
+        raise TypeError(f"fine_tune sets {' and '.join(sorted(taken))} itself: leave it out, "
+                        "or make a Learner of the pieces")
     if not isinstance(net, FineTuneNet):
         net = resnet_groups(net, len(train.classes))
     look = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "channels_last": True}

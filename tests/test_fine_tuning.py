@@ -677,3 +677,33 @@ def test_fine_tune_cuts_a_resnet(folder, resnet):
     assert [len(g["params"]) for g in learner.optimizer.param_groups] == [18, 18, 8]
     assert learner.model.groups[2][7].out_features == 3
     assert len(learner.fit(2)) == 2
+
+
+# --- what a stranger gets wrong ----------------------------------------------------------------------
+@pytest.mark.parametrize("wrong, error, said", [
+    ({"epochs": 3}, ValueError, "epochs 3, .* give a pair of each for the two stages"),
+    ({"epochs": (1, 2, 3)}, ValueError, "give a pair of each for the two stages"),
+    ({"lr": 1e-2}, ValueError, "lr 0.01, .* give a pair of each"),
+    ({"batch_size": 1}, ValueError, "batch_size 1: .* batches of 2 or more"),
+    ({"batch_size": 0}, ValueError, "batch_size 0: .* batches of 2 or more"),
+    ({"schedules": {}, "channels_last": True}, TypeError, "fine_tune sets channels_last and schedules itself")])
+def test_wrong_calls_of_fine_tune_name_the_setting(wrong, error, said):
+    train = pictures()
+    with pytest.raises(error, match=said):
+        fine_tune(small_net(), train, train, size=12, **wrong)
+
+
+def test_stages_need_a_net_that_can_be_frozen():
+    train, net = batches(), nn.Sequential(nn.Flatten(), nn.LazyLinear(3))
+    net(next(iter(train))[0])
+    learner = Learner(net, train, None, AdamW(net.parameters(), lr=1e-3), callbacks=[Stages([Stage(1, 1e-3)])],
+                      device="cpu", progress="silent")
+    with pytest.raises(TypeError, match=r"Stages cannot freeze a Sequential: cut it into FineTuneNet"):
+        learner.fit(1)
+
+
+def test_no_stage_and_no_group_are_refused():
+    with pytest.raises(ValueError, match="there is no stage"):
+        Stages([])
+    with pytest.raises(ValueError, match="the net has no group"):
+        FineTuneNet()
