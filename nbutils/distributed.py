@@ -122,7 +122,14 @@ def process_group(timeout=300.0, device=None):
     ------
     RuntimeError
         If there are more processes on this machine than GPUs.
+    ValueError
+        If the timeout is not positive, or a group is there already.
     """
+    if not timeout > 0:
+        raise ValueError(f"timeout is {timeout}: give seconds above 0")
+    if dist.is_initialized():
+        raise ValueError("there is a process group already: put the whole training into "
+                         "one `with process_group():`")
     cuda = torch.device(device or default_device()).type == "cuda"
     local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if cuda and local >= gpus:
@@ -306,6 +313,7 @@ class Distributed(_SharedStep, _SharedSums, _Loss, _Start, _Read, Callback):
     ----------
     checkpoint : nbutils.experiment.Checkpoint, optional
         Written by process 0 after each epoch; where it exists, the fit goes on from it.
+        TypeError for anything else, as for the path alone.
     seed : int
         Of the batches' order where a loader draws it from torch's default generator,
         and of each process's dropout; with the epoch's number, so that resuming repeats
@@ -314,8 +322,8 @@ class Distributed(_SharedStep, _SharedSums, _Loss, _Start, _Read, Callback):
     Raises
     ------
     RuntimeError
-        In ``before_fit``, if there is no process group, or the processes were given
-        unequal work; in an epoch's end, if their weights differ.
+        In ``before_fit``, if there is no process group, a second Distributed, or the
+        processes were given unequal work; in an epoch's end, if their weights differ.
     ValueError
         If the batches differ between processes, or have fewer samples than processes.
     ProcessLost
@@ -323,6 +331,10 @@ class Distributed(_SharedStep, _SharedSums, _Loss, _Start, _Read, Callback):
     """
 
     def __init__(self, checkpoint=None, *, seed=0):
+        if checkpoint is not None and not hasattr(checkpoint, "load"):
+            raise TypeError(f"checkpoint is {checkpoint!r}: give a Checkpoint(path, mark)")
+        if not isinstance(seed, int):
+            raise TypeError(f"seed is {seed!r}: give a whole number")
         self.checkpoint, self.seed, self._learner = checkpoint, seed, None
 
     def before_fit(self, learner):
@@ -330,6 +342,8 @@ class Distributed(_SharedStep, _SharedSums, _Loss, _Start, _Read, Callback):
             raise RuntimeError("Distributed needs a process group: put the training "
                                "into `with process_group():`, and start the script by "
                                "`torchrun --nproc-per-node 2 script.py`")
+        if sum(isinstance(c, Distributed) for c in learner.callbacks) > 1:
+            raise RuntimeError("the Learner has two callbacks of the kind Distributed: give one")
         if self._learner is not learner:
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
             with self._watch(learner):

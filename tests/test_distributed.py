@@ -357,3 +357,26 @@ def test_nbutils_run_refuses_several_processes(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["run", "cifar10", "adamw-30", "--size", "smoke"]) == 1
     assert "call nbutils run without torchrun, once for each cell" in capsys.readouterr().err
+
+
+# --- wrong calls, by one process ---------------------------------------------------------------------
+@pytest.mark.parametrize("wrong, said", [({"checkpoint": "run.pt"}, r"checkpoint is 'run.pt': give a Checkpoint\(path, mark\)"),
+                                         ({"seed": "a"}, "seed is 'a': give a whole number")])
+def test_wrong_arguments_are_refused_when_it_is_made(wrong, said):
+    with pytest.raises(TypeError, match=said):
+        Distributed(**wrong)
+
+
+@pytest.mark.parametrize("timeout", [0, -1.0, float("nan")])
+def test_a_timeout_is_above_zero(timeout):
+    with pytest.raises(ValueError, match="timeout is .*: give seconds above 0"), process_group(timeout, "cpu"):
+        pass
+
+
+def test_one_group_and_one_callback():
+    with process_group(device="cpu"):
+        with pytest.raises(ValueError, match="there is a process group already"), process_group(device="cpu"):
+            pass
+        with pytest.raises(RuntimeError, match="two callbacks of the kind Distributed: give one"):
+            learn([Distributed(), Distributed()])
+        learn([Distributed()], epochs=1)                                # and the group is as it was
