@@ -239,13 +239,23 @@ def generated_pictures(n=256, classes=8, side=34, seed=0):
 
     Parameters
     ----------
-    n, classes, side, seed : int
+    n, classes, side : int
+        1 or more each; at least two pictures, so that one is for the test.
+    seed : int
 
     Returns
     -------
     train, test : nbutils.data.Images
         n and n // 2 of 3 x side x side.
+
+    Raises
+    ------
+    ValueError
+        For fewer.
     """
+    if n < 2 or classes < 1 or side < 1:
+        raise ValueError(f"n {n}, classes {classes}, side {side}: give two pictures or more, "
+                         "one class and one pixel")
     g = torch.Generator().manual_seed(seed)
     y = torch.arange(n + n // 2) % classes
     angle = (torch.pi * y / classes).view(-1, 1, 1)
@@ -283,7 +293,12 @@ def load(config, device="cpu"):
     if config.pictures == "whole":
         pair = load_cars(side=kept)
     else:
-        pair = load_folder(data_home() / "cars-224", min(kept, 224))
+        folder = data_home() / "cars-224"
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is missing: rows named crops-… need the copy "
+                                    "that chapter 12 describes; put it there, or take the "
+                                    "rows of whole pictures")
+        pair = load_folder(folder, min(kept, 224))
     return tuple(_thin(images, config.every).to(device) for images in pair)
 
 

@@ -451,3 +451,15 @@ def test_laptop_pictures_are_every_fourth_class():
 def test_impossible_numbers_of_classes_and_views_are_refused(wrong):
     with pytest.raises(ValueError, match="every is .* and views .*: give 1 for all classes, and 0 for no views"):
         CarsConfig(size="full", row="any", **wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"n": 1}, {"classes": 0}, {"side": 0}])
+def test_drawn_pictures_of_impossible_numbers_are_refused(wrong):
+    with pytest.raises(ValueError, match="give two pictures or more, one class and one pixel"):
+        generated_pictures(**wrong)
+
+
+def test_missing_crops_are_called_by_their_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("NBUTILS_DATA", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"cars-224 is missing: rows named crops-… need the copy"):
+        load(CarsConfig(size="full", row="any", pictures="crops"))
