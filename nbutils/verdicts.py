@@ -476,6 +476,9 @@ CLAIMS = (*_COMPUTED, *_CIFAR10, *_AMSGRAD_DECAY, *_OTHERS)
 def ledger():
     """Judge every claim by the records that are there now.
 
+    They are looked for where :func:`nbutils.experiment.records_folder` says; where there
+    are none, each claim about runs is *not run*.
+
     Returns
     -------
     list of (Claim, Finding)
