@@ -455,7 +455,8 @@ def table(records, rows, columns, *, published=None, dashes=(), caption="",
     if len(kinds) > 1:
         raise ValueError(f"a table never mixes tasks or sizes, and these records are of "
                          f"{kinds}: filter them first")
-    beside = {metric for known in (published or {}).values() for metric in known}
+    known = [published[row] for row in rows if row in (published or {})]
+    beside = {metric for cells in known for metric in cells}
     header, lines = ["row"], []
     for metric, (heading, _, _) in columns.items():
         header += [heading] + [f"{heading}, published"] * (metric in beside)

@@ -251,6 +251,7 @@ def texts(t):
 def test_table_cells():
     made = [record("a", s, error=e) for s, e in enumerate((0.05, 0.06))] + [record("b", metrics={"error": 0.1, "error_tta": 0.09})]
     t = table(made, ["b", "a", "c"], COLUMNS, published={"a": {"error": "5.66"}})
+    assert table(made, ["b", "c"], COLUMNS, published={"a": {"error": "5.66"}}).header == ["row", "error, %", "with TTA, %", "n"]
     assert [h for h in t.header if h != "with TTA, %, published"] == ["row", "error, %", "error, %, published", "with TTA, %", "n"]
     cells = [dict(zip(t.header, row)) for row in t.rows]
     assert [c["row"].text for c in cells] == ["b", "a", "c"] and [c["n"].text for c in cells] == ["1", "2", "0"]
