@@ -44,7 +44,7 @@ class Config:
     task : str
         Also the name of the module in nbutils that defines it.
     size : {"smoke", "laptop", "colab", "full"}
-        Seconds on a CPU; minutes on two cores; a quarter of an hour on a T4; the
+        Seconds on a CPU; minutes on two cores; for a T4, some minutes are meant; the
         article's own.
     row : str
     """
