@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from .core import default_device, unknown
-from .optimizer import NonFiniteError
+from .optimizer import NonFiniteError, _check_moves
 
 # %% ../nbs/07-learner.ipynb #nonfiniteloss
 class NonFiniteLoss(NonFiniteError):
@@ -88,6 +88,8 @@ def best_precision(device=None):
 class _Loop:
     def fit(self, epochs):
         """Train until ``epochs`` epochs are done, counted from the first fit.
+
+        So a second ``fit(5)`` does nothing, and ``fit(10)`` the five that are left.
 
         Returns
         -------
@@ -241,6 +243,8 @@ class _Evaluation:
         with self._eval_mode():
             for x, y in batches or ():
                 outputs, y = self.predict_batch(x), y.to(self.device)
+                if y.is_floating_point() and self.metrics == {"accuracy": accuracy}:
+                    self.metrics = {}           # no classes, no share of right answers
                 values = [f(outputs, y) for f in (self.loss_fn, *self.metrics.values())]
                 sums = sums + torch.stack(values).to(exact) * len(y)
                 n += len(y)
@@ -304,10 +308,9 @@ class _Recorder:
         broken = [name for name, good in zip(named, whole.tolist()) if not good]
         if broken:
             raise NonFiniteError(
-                f"after {self._say(-1)}, {len(broken)} of {len(named)} parameters are not "
-                f"finite, {broken[0]} the first: a gradient was NaN or infinite; lower lr, "
-                "set or lower clip_norm. To find the gradient, call "
-                "optimizer.check_finite() in a before_step callback")
+                f"after {self._say(-1)}, {len(broken)} of {len(named)} parameters are "
+                f"not finite, {broken[0]} the first: a gradient was NaN or infinite; lower "
+                "lr or clip_norm; optimizer.check_finite() in before_step finds it")
 
     def _say(self, back, where=""):
         """Name the step so far back, its lr and, where clipping knew it, the norm."""
@@ -357,8 +360,8 @@ class Learner(_Loop, _Step, _Hypers, _Evaluation, _Recorder):
         ``lr_scale`` of a group that holds one.
     callbacks : sequence of Callback
     metrics : dict of str to callable, optional
-        ``(outputs, targets) -> 0-d tensor``, the mean over the batch. The
-        :func:`accuracy` if not given.
+        ``(outputs, targets) -> 0-d tensor``, the mean over the batch. If not given,
+        the :func:`accuracy`, and nothing where targets are floats.
     device : torch.device, optional
         :func:`nbutils.core.default_device` if not given.
     precision : {"fp32", "bf16", "fp16", "auto"}
@@ -385,8 +388,8 @@ class Learner(_Loop, _Step, _Hypers, _Evaluation, _Recorder):
     Raises
     ------
     ValueError
-        For an unknown precision or kind of progress, a norm that is not positive, or a
-        training set without a batch.
+        For an unknown precision or kind of progress, a norm that is not positive, a
+        training set without a batch, or an optimizer over another model's weights.
     KeyError
         For a schedule of a hyper-parameter that the optimizer does not have.
     """
@@ -406,10 +409,10 @@ class Learner(_Loop, _Step, _Hypers, _Evaluation, _Recorder):
                              "smaller than one batch with drop_last=True")
         layout = torch.channels_last if channels_last else torch.preserve_format
         self.model = model.to(self.device, memory_format=layout)
-        options = compile if isinstance(compile, dict) else {}
-        options = {"mode": compile} if isinstance(compile, str) else options
+        options = {str: {"mode": compile}, dict: compile}.get(type(compile), {})
         self.forward = torch.compile(model, **options) if compile else model
-        self.train, self.valid, self.optimizer = train, valid, optimizer
+        self.optimizer = _check_moves(optimizer, model)
+        self.train, self.valid = train, valid
         self.loss_fn, self.clip_norm = loss_fn, clip_norm
         self.precision, self.channels_last = precision, channels_last
         self.metrics = {"accuracy": accuracy} if metrics is None else metrics
@@ -425,8 +428,7 @@ class Learner(_Loop, _Step, _Hypers, _Evaluation, _Recorder):
 
     def _call(self, hook):
         for callback in (*self.callbacks, self.progress):
-            if hasattr(callback, hook):
-                getattr(callback, hook)(self)
+            getattr(callback, hook, lambda learner: None)(self)
 
 # %% ../nbs/07-learner.ipynb #progress
 class Progress(Callback):

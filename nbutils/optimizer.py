@@ -128,12 +128,15 @@ _GROUP_KEYS = ("params", "param_names", "name", "initial_lr", "lr_scale")  # in 
 class _Groups(torch.optim.Optimizer):
     def __init__(self, params, *args, **hypers):
         where = type(self).__name__
+        if callable(params):  # a module, or its method without the brackets
+            name = getattr(params, "__name__", type(params).__name__)
+            raise TypeError(f"{where}: params is {name}; write model.parameters()")
         if not isinstance(params, torch.Tensor):  # torch refuses a tensor by itself
             params = list(params)
             if not params:
                 raise ValueError(f"{where}: there are no parameters; a generator, as "
                                  "model.parameters() gives, can be read only once")
-        _refuse_unknown(where, hypers, self.hypers, also=("engine",))
+        _refuse_unknown(where, hypers, [*self.hypers, "engine"])
         given = self.__signature__.bind_partial(params, *args, **hypers)
         given.apply_defaults()
         self.engine = given.arguments.pop("engine")
@@ -271,6 +274,15 @@ def _check_finite(where, groups):
                     raise NonFiniteError(
                         f"{where}: {what}parameter {j} of group {i} is not finite; "
                         "lower lr, clip gradients, or look for 0/0 and log(0)")
+
+# %% ../nbs/01-sgd.ipynb #check-moves
+def _check_moves(opt, model):
+    """Return `opt`; ValueError if none of its groups holds a parameter of `model`."""
+    held = {id(p) for group in opt.param_groups for p in group["params"]}
+    if held.isdisjoint(map(id, model.parameters())):
+        raise ValueError(f"{type(opt).__name__} holds no parameter of this model: make "
+                         "it from model.parameters(), again whenever the model is made")
+    return opt
 
 # %% ../nbs/01-sgd.ipynb #gather
 def _gather(name, steppers, defaults):

@@ -539,7 +539,8 @@ def test_nearly_full_disk_is_said_before_training(which, place, untrained, monke
 
 def test_room_is_asked_for_by_the_size_of_the_net(place, untrained, monkeypatch):
     """12 MB are enough to begin with, and too little for the checkpoints of a net of a million weights."""
-    task = dataclasses.replace(TOY, build=lambda *_: Learner(nn.Linear(1000, 1000), [1], None, SGD([torch.ones(1)], lr=1), device="cpu"))
+    net = nn.Linear(1000, 1000)
+    task = dataclasses.replace(TOY, build=lambda *_: Learner(net, [1], None, SGD([net.bias], lr=1), device="cpu"))
     monkeypatch.setitem(experiment._REGISTERED, "toy", task)
     usage = shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=12_000_000))

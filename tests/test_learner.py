@@ -892,3 +892,21 @@ def test_tta_refuses_what_does_not_fit():
             tta(run, plain, other)
     with pytest.raises(ValueError, match="views is -1"):
         tta(run, plain, plain, views=-1)
+
+
+# --- slips of a first program --------------------------------------------------------------------
+def test_the_optimizer_of_another_model_is_refused():
+    with pytest.raises(ValueError, match="SGD holds no parameter of this model: make it from model.parameters"):
+        Learner(net(), pairs(), None, SGD(net().parameters(), lr=0.1), device="cpu")
+    model = net()
+    Learner(model, pairs(), None, SGD(model[0].parameters(), lr=0.1), device="cpu")   # a part of it is enough
+
+
+def test_a_regression_has_no_accuracy():
+    data = [(x, x[:, :3]) for x, _ in pairs()]
+    run = learner(train=data, valid=data, loss_fn=F.mse_loss)
+    run.fit(1)
+    assert run.history[0].keys() >= {"loss", "valid_loss"} and "accuracy" not in run.history[0]
+    assert "accuracy" in learner(valid=pairs()).evaluate()
+    shares = learner(train=data, valid=data, loss_fn=F.mse_loss, metrics={"error": F.l1_loss})
+    assert "error" in shares.evaluate()

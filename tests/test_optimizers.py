@@ -375,3 +375,17 @@ def test_steppers_and_lists_that_are_none():
         optimizer("Odd", momentum, sgd_step, momentun=0.9)
     with pytest.raises(ValueError, match="Twice: momentum and momentum both keep a state named momentum_buffer"):
         optimizer("Twice", momentum, momentum, sgd_step)
+
+
+# ---- slips of a first program -----------------------------------------------------------------
+
+def test_a_module_for_its_parameters_is_refused_with_the_remedy():
+    model = torch.nn.Linear(2, 1)
+    for params, name in ((model, "Linear"), (torch.nn.Sequential(model), "Sequential"), (model.parameters, "parameters")):
+        with pytest.raises(TypeError, match=f"SGD: params is {name}; write model.parameters"):
+            SGD(params, lr=0.1)
+
+
+def test_engine_is_among_the_names_that_exist():
+    with pytest.raises(TypeError, match="unknown hyper-parameter 'fused'. There are: .*engine"):
+        SGD([parameter()], lr=0.1, fused=True)
