@@ -6,10 +6,17 @@
 __all__ = []
 
 # %% ../nbs/a0-package.ipynb #init-imports
+import difflib
 import importlib
 
 # %% ../nbs/a0-package.ipynb #init-table
 __version__ = "0.1.0"
+__doc__ = f"""{__doc__}
+
+To begin with: the optimizers `SGD`, `Adam` and `AdamW`, the schedule `one_cycle`, the
+loop `Learner` with its `Batches`. `help(nbutils.AdamW)` tells of one of them, and
+`dir(nbutils)` lists all; the chapters say why each is as it is.
+"""
 
 _NAMES = {
     "core": (
@@ -77,7 +84,9 @@ __all__ = sorted(_HOME)
 # %% ../nbs/a0-package.ipynb #init-getattr
 def __getattr__(name):
     if name not in _HOME:
-        raise AttributeError(f"module 'nbutils' has no name {name!r}; see dir(nbutils)")
+        near = difflib.get_close_matches(name, _HOME, n=3, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(near)}?" if near else "; see dir(nbutils)"
+        raise AttributeError(f"module 'nbutils' has no name {name!r}{hint}")
     value = getattr(importlib.import_module(f"nbutils.{_HOME[name]}"), name)
     globals()[name] = value
     return value

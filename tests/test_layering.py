@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import nbutils
+
 PACKAGE = Path(__file__).resolve().parent.parent / "nbutils"
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("_"))
 
@@ -81,6 +83,13 @@ def test_imports_point_downwards(module):
 def test_models_import_torch_alone(module):
     others = {top for top, _, _ in imports(module)} - set(sys.stdlib_module_names) - {"torch"}
     assert not others, f"nbutils.{module} imports {sorted(others)} besides torch"
+
+
+def test_a_name_that_does_not_exist_gets_the_nearest():
+    with pytest.raises(AttributeError, match="has no name 'Adamw'; did you mean .*AdamW"):
+        nbutils.Adamw
+    with pytest.raises(AttributeError, match=r"has no name 'zzz'; see dir\(nbutils\)"):
+        nbutils.zzz
 
 
 def code_lines(text):
