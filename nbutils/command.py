@@ -14,6 +14,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import nbutils
 from .checks import check_record
 from .core import default_device, unknown
 from nbutils.experiment import (
@@ -215,6 +216,10 @@ def _table(args):
     grids = [c.row for c in task.configs if c.size == args.size and c.row.startswith("grid-")]
     rows = task.rows(args.size) or task.config("", args.size)
     print(task.table(args.size, rows + grids * args.grids))
+    if not task.records(args.size):
+        print(f"no record of {args.task}, size {args.size}, in {records_folder()}; those "
+              "of the book are in its repository: go there, or set NBUTILS_RECORDS",
+              file=sys.stderr)
     return 0
 
 
@@ -263,6 +268,7 @@ def main(words=None):
     parser = argparse.ArgumentParser(
         prog="nbutils", description="Run the experiments of the book Weighing Adam."
     )
+    names = ", ".join(TASKS)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name, does, function):
@@ -273,14 +279,14 @@ def main(words=None):
         return sub
 
     sub = command("data", "fetch, verify and decode a task's data set", _data)
-    sub.add_argument("task")
+    sub.add_argument("task", help=names)
     sub = command(
         "run",
         "run rows of a task; what has a record is not run again, what was killed goes on",
         _run,
     )
-    sub.add_argument("task")
-    sub.add_argument("rows", nargs="+", metavar="row", help="one or more rows, or all")
+    sub.add_argument("task", help=names)
+    sub.add_argument("rows", nargs="+", metavar="row", help="one or more, or all; see table")
     sub.add_argument(
         "--size", default="laptop", help="smoke, laptop (the default), colab or full"
     )
@@ -302,7 +308,7 @@ def main(words=None):
         help="only the I-th of N shares of these rows and seeds, such as 2/4",
     )
     sub = command("todo", "list the rows that lack seeds, most wanted first", _todo)
-    sub.add_argument("task", nargs="?")
+    sub.add_argument("task", nargs="?", help=names + "; default: all")
     sub.add_argument("--size")
     sub.add_argument(
         "--shard", type=parse_shard, metavar="I/N",
@@ -312,7 +318,7 @@ def main(words=None):
     sub = command("check", "say whether records that were sent count, and why not", _check)
     sub.add_argument("files", nargs="+", metavar="file")
     sub = command("table", "print a task's table from its records", _table)
-    sub.add_argument("task")
+    sub.add_argument("task", help=names)
     sub.add_argument(
         "--size", default="laptop", help="smoke, laptop (the default), colab or full"
     )
@@ -322,6 +328,11 @@ def main(words=None):
         "count the records, and name the runs that are going on or were stopped",
         _status,
     )
+    version = f"nbutils {nbutils.__version__}"
+    parser.add_argument("--version", action="version", version=version)
+    if not (sys.argv[1:] if words is None else words):
+        parser.print_help(sys.stderr)
+        sys.exit(2)
     args = parser.parse_args(words)
     try:
         code = args.function(args)

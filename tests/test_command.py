@@ -307,11 +307,35 @@ def test_sizes_for_a_gpu_are_refused_without_one(home, monkeypatch, capsys, size
 
 
 def test_unknown_command_and_no_command(capsys):
-    for words, text in (([], "COMMAND"), (["rnu", "cifar10"], "'rnu'"), (["run"], "task"), (["run", "cifar10"], "row")):
+    for words, text in ((["rnu", "cifar10"], "'rnu'"), (["run"], "task"), (["run", "cifar10"], "row")):
         with pytest.raises(SystemExit) as caught:
             main(words)
         err = capsys.readouterr().err
         assert caught.value.code == 2 and text in err and err.startswith("usage: nbutils")
+
+
+def test_no_words_show_what_there_is(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["nbutils"])
+    for words in ([], None):
+        with pytest.raises(SystemExit) as caught:
+            main(words)
+        said = capsys.readouterr()
+        assert caught.value.code == 2 and not said.out
+        assert all(f" {command} " in said.err for command in ("data", "run", "todo", "check", "table", "status"))
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0 and capsys.readouterr().out.strip() == f"nbutils {metadata.version('nbutils')}"
+
+
+def test_a_table_without_records_says_where_it_looked(home, capsys):
+    assert main(["table", "cifar10", "--size", "smoke"]) == 0
+    said = capsys.readouterr()
+    assert "not run" in said.out and f"no record of cifar10, size smoke, in {home / 'records'}" in said.err
+    write_record(make_record(), home / "records")
+    assert main(["table", "cifar10", "--size", "smoke"]) == 0 and capsys.readouterr().err == ""
 
 
 def test_help(capsys):
