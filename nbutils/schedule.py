@@ -149,6 +149,10 @@ def one_cycle(lr, *, momentum=(0.95, 0.85), div=10, final_div=100, warm=None, ho
     warm: lr/div to lr while the momentum falls; hold: both stay; down: lr to lr/div
     while the momentum returns; tail: lr/div to lr/div/final_div at the high momentum.
 
+    A Learner takes them as its `schedules`. In a loop of your own, set `group["lr"]` and
+    the first of `group["betas"]` to their values at step / steps. torch's OneCycleLR
+    calls lr max_lr, div div_factor, warm pct_start, steps total_steps.
+
     Parameters
     ----------
     lr : float
