@@ -22,6 +22,9 @@ import readme_tables  # noqa: E402
 import status_page  # noqa: E402
 import weighing  # noqa: E402
 
+from nbutils.experiment import get_task  # noqa: E402
+from nbutils.records import paired  # noqa: E402
+
 TOC = (ROOT / "_toc.yml").read_text("utf-8")
 API = ROOT / "book" / "api"
 PARTS = {block.split("\n")[0]: re.findall(r"- file: (\S+)", block) for block in TOC.split("- caption: ")[1:]}
@@ -124,7 +127,7 @@ def test_marks_need_their_ends():
 
 
 def test_the_introduction_says_what_the_ledger_says(monkeypatch):
-    """Two sentences of the introduction are words, not figures; the records must still bear them."""
+    """Some sentences of the introduction and of README are words, not figures; the records must still bear them."""
     monkeypatch.setenv("NBUTILS_RECORDS", str(ROOT / "book" / "records"))
     text = (ROOT / "book" / "intro.md").read_text("utf-8")
     assert "AdamW and Adam with L2 come back as published. The harm that the article saw in amsgrad does not." in text
@@ -132,6 +135,15 @@ def test_the_introduction_says_what_the_ledger_says(monkeypatch):
     found = {claim.name: claim.judge().verdict for claim in readme_tables.CLAIMS if claim.name in names}
     assert found["adamw-30-mean"] == found["adam-l2-30-mean"] == "held"
     assert found["amsgrad-adamw"] == found["amsgrad-adam"] == "failed"
+
+    for page in (text, (ROOT / "README.md").read_text("utf-8")):
+        assert "AdamW is the better of the two" in page
+        assert "SGD with momentum, under the same cycle, is not told apart from" in page
+        assert "Stanford Cars and WikiText-2 at the article's size are *not run* yet" in page
+    assert next(c for c in readme_tables.CLAIMS if c.name == "adamw-better").judge().verdict == "held"
+    gap = paired(get_task("cifar10").records("full"), "sgd-30", "adamw-30", "error")
+    assert not gap.known and gap.n >= 3
+    assert not any(get_task(name).records("full") for name in ("cars", "wikitext2"))
 
 
 def test_verdicts_of_no_claim_are_refused():
