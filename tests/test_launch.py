@@ -54,10 +54,13 @@ def test_a_source_that_is_not_there():
         launch.plain("{cite}`nobody1999`", CITED, SITE)
 
 
-def test_sources_name_authors_and_lead_somewhere():
+def test_sources_name_authors_and_lead_somewhere(tmp_path):
     found = launch.sources(SITE)
     assert found["loshchilov2019"].startswith("[Loshchilov and Hutter, 2019](http")
-    assert found["nesterov1983"] == f"[Nesterov, 1983]({SITE}/book/bibliography.html)"
+    assert found["student1908"] == "[Student, 1908](https://doi.org/10.1093/biomet/6.1.1)"
+    assert not any(SITE in text for text in found.values())
+    (tmp_path / "one.bib").write_text("@misc{old, author = {Nobody, Ann}, title = {T}, year = {1899}}", "utf-8")
+    assert launch.sources(SITE, tmp_path / "one.bib") == {"old": f"[Nobody, 1899]({SITE}/book/bibliography.html)"}
     assert all(re.fullmatch(r"\[[^\[\]{}\\]+, \d{4}\]\(https?://\S+\)", text) for text in found.values()), found
 
 
