@@ -94,3 +94,77 @@ def __getattr__(name):
 
 def __dir__():
     return sorted({*globals(), *_HOME})
+
+# %% ../nbs/a0-package.ipynb #init-editors-1
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nbutils.core import (
+        COLORS, Timing, check_close, default_device, plot_style, seed_everything, show,
+        synchronize, time_it, unknown,
+    )
+    from nbutils.files import (
+        ChecksumError, DownloadError, cached, data_home, download, members, verify,
+    )
+    from nbutils.records import (
+        Cell, Interval, Record, Table, code_state, config_hash, describe_device,
+        mean_interval, paired, read_record, read_records, table, versions, write_record,
+    )
+    from nbutils.optimizer import (
+        ENGINES, NonFiniteError, Optimizer, REQUIRED, check_same_path, l2, sgd_step,
+        stepper, weight_decay,
+    )
+    from nbutils.momentum import SGD
+    from nbutils.adam import adam_step, decay_weights_, moments
+    from nbutils.amsgrad import Adam, AdamW, counterexample
+    from nbutils.kernel import Formula, Launch, kernel_source, no_kernel, write_formulas
+    from nbutils.engines import TensorList
+
+# %% ../nbs/a0-package.ipynb #init-editors-2
+if TYPE_CHECKING:
+    from nbutils.conformance import (
+        ConformanceError, Convention, FAULTS, Report, Rule, SCENARIOS, check_optimizer,
+        golden_path, identify, rule,
+    )
+    from nbutils.data import (
+        Batches, CIFAR10_MEAN, CIFAR10_STD, CIFAR10_URLS, Images, load_cifar10,
+        load_digits, mean_std, normalize, pad_crop_flip,
+    )
+    from nbutils.schedule import (
+        RangeTest, Schedule, constant, cosine, lr_range_test, one_cycle, one_cycle_held,
+        phases, plot_schedules, step_decay, values,
+    )
+    from nbutils.learner import (
+        Callback, HOOKS, Learner, NonFiniteLoss, PRECISIONS, Progress, accuracy,
+        best_precision, tta,
+    )
+    from nbutils.distributed import Distributed, ProcessLost, process_group
+    from nbutils.pictures import (
+        IMAGENET_MEAN, IMAGENET_STD, PictureError, Views, decode, decode_pictures,
+        find_pictures, load_folder,
+    )
+    from nbutils.car_files import load_cars
+
+# %% ../nbs/a0-package.ipynb #init-editors-3
+if TYPE_CHECKING:
+    from nbutils.fine_tuning import (
+        FineTuneNet, Stage, Stages, fine_tune, pooled_head, resnet_groups,
+        stage_schedules,
+    )
+    from nbutils.wide_resnet import Block, GAMMAS, WideResNet, wide_resnet_22
+    from nbutils.awd_lstm import (
+        Carried, EmbeddingDropout, LanguageModel, LanguageOutput, LockedDropout,
+        RegularizedLoss, WeightDropLSTM, detached, token_loss,
+    )
+    from nbutils.qrnn import (
+        QRNN, pool_kernel, pool_loop, pool_scan, qrnn_layers, recurrent_pool,
+    )
+    from nbutils.cache_pointer import (
+        CACHE_2018, Evaluation, Sweep, add_cache, cache_distribution, cache_log_probs,
+        evaluate_tokens, mix_cache, perplexity, sweep,
+    )
+    from nbutils.experiment import (
+        CellBusy, Checkpoint, Config, Reseed, SIZES, TASKS, Task, get_task,
+        records_folder, register, run, runs_folder, thin,
+    )
+    from nbutils.checks import Verdict, check_record

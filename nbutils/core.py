@@ -115,6 +115,23 @@ def unknown(kind, name, known):
         f"unknown {kind} {name!r}.{hint} There are: {', '.join(near + rest) or 'none'}."
     )
 
+# %% ../nbs/a1-conventions.ipynb #refusals
+def _whole(what, value):
+    """A number of times, or a refusal that names it."""
+    if not hasattr(value, "__index__") or value < 0:
+        raise ValueError(f"{what} is {value!r}: give a whole number, 0 or more")
+    return value
+
+
+def _callables(what, given, form):
+    """A dict of functions, or a refusal that names the entry that is none."""
+    if not isinstance(given, dict):
+        raise TypeError(f"{what} is {given!r}: give a dict of a name to {form}")
+    for name, value in given.items():
+        if not callable(value):
+            raise TypeError(f"{what}: {name!r} is {value!r}: give {form}")
+    return dict(given)
+
 # %% ../nbs/a1-conventions.ipynb #timing
 @dataclass(frozen=True)
 class Timing:

@@ -17,7 +17,7 @@ import time
 import torch
 from torch import nn
 
-from .core import default_device, unknown
+from .core import _callables, _whole, default_device, unknown
 from .optimizer import NonFiniteError, _check_moves
 
 # %% ../nbs/07-learner.ipynb #nonfiniteloss
@@ -102,9 +102,10 @@ class _Loop:
             At the end of the epoch in which the loss, or a weight, stopped being finite;
             what was recorded is kept.
         ValueError
-            If a schedule was made for another number of steps.
+            If a schedule was made for another number of steps, or ``epochs`` is no
+            whole number from 0.
         """
-        self.epochs = epochs
+        self.epochs = _whole("epochs", epochs)
         self._check_schedules(epochs * len(self.train))
         self._call("before_fit")
         while self.epoch < epochs:
@@ -392,6 +393,8 @@ class Learner(_Loop, _Step, _Hypers, _Evaluation, _Recorder):
         training set without a batch, or an optimizer over another model's weights.
     KeyError
         For a schedule of a hyper-parameter that the optimizer does not have.
+    TypeError
+        For schedules that are not a dict of functions.
     """
 
     def __init__(self, model, train, valid, optimizer,
@@ -420,7 +423,7 @@ class Learner(_Loop, _Step, _Hypers, _Evaluation, _Recorder):
         self.callbacks, self.progress = list(callbacks), Progress(progress)
         self.epoch = self.step = self.epochs = 0
         self.history, self.trace = [], {"lr": [], "momentum": [], "loss": []}
-        self.schedules = dict(schedules or {})
+        self.schedules = _callables("schedules", schedules or {}, "a function of progress")
         self._places = {name: self._find_places(name) for name in self.schedules}
 
     def _listens(self, hook):

@@ -81,7 +81,9 @@ _BELOW |= dict.fromkeys(("momentum", "betas"), 1)
 def _refuse_unknown(where, names, known, also=()):
     for name in names:
         if name not in known and name not in also:
-            raise TypeError(f"{where}: " + unknown("hyper-parameter", name, known))
+            hint = " (l2 is taken by Adam and SGD.)" * (name == "l2")
+            refusal = unknown("hyper-parameter", name, known)
+            raise TypeError(f"{where}: {refusal}{hint}")
 
 
 def _check_value(where, name, value):

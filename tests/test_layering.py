@@ -139,6 +139,17 @@ def test_package_table_names_nothing_else():
     assert set(nbutils.__all__) <= known | {"__version__"}
 
 
+def test_editors_read_the_same_names():
+    """What stands under TYPE_CHECKING is what the table has: an editor completes what the package gives."""
+    import nbutils
+
+    found = {}
+    for node in ast.walk(ast.parse((PACKAGE / "__init__.py").read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and "nbutils" in (node.module or ""):
+            found |= {alias.name: node.module.removeprefix("nbutils.") for alias in node.names}
+    assert found == nbutils._HOME
+
+
 def own_parameters(function):
     a = function.args
     names = [x.arg for x in a.posonlyargs + a.args + a.kwonlyargs if x.arg not in ("self", "cls")]

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import re
 import sys
 import threading
 
@@ -910,3 +911,21 @@ def test_a_regression_has_no_accuracy():
     assert "accuracy" in learner(valid=pairs()).evaluate()
     shares = learner(train=data, valid=data, loss_fn=F.mse_loss, metrics={"error": F.l1_loss})
     assert "error" in shares.evaluate()
+
+
+# --- what a first program gives -------------------------------------------------------------------
+@pytest.mark.parametrize("epochs", [1.5, "1", -1, None, float("nan")])
+def test_epochs_are_counted(epochs):
+    net = nn.Linear(2, 2)
+    learner = Learner(net, [(torch.ones(1, 2), torch.zeros(1, dtype=torch.int64))], None, torch.optim.SGD(net.parameters(), lr=0.1), device="cpu")
+    with pytest.raises(ValueError, match=rf"epochs is {re.escape(repr(epochs))}: give a whole number, 0 or more"):
+        learner.fit(epochs)
+    assert learner.epoch == 0 and learner.history == []
+
+
+@pytest.mark.parametrize("schedules, text", [({"lr": 1e-3}, "schedules: 'lr' is 0.001: give a function of progress"),
+                                             ([0.1], r"schedules is \[0.1\]: give a dict of a name to a function of progress")])
+def test_schedules_are_functions(schedules, text):
+    net = nn.Linear(2, 2)
+    with pytest.raises(TypeError, match=text):
+        Learner(net, [(torch.ones(1, 2), torch.zeros(1))], None, torch.optim.SGD(net.parameters(), lr=0.1), schedules=schedules)

@@ -386,6 +386,13 @@ def test_a_module_for_its_parameters_is_refused_with_the_remedy():
             SGD(params, lr=0.1)
 
 
+def test_l2_under_adamw_names_who_takes_it():
+    from nbutils.amsgrad import AdamW
+
+    with pytest.raises(TypeError, match="AdamW: unknown hyper-parameter 'l2'.*l2 is taken by Adam and SGD"):
+        AdamW([parameter()], lr=0.1, l2=1e-4)
+
+
 def test_engine_is_among_the_names_that_exist():
     with pytest.raises(TypeError, match="unknown hyper-parameter 'fused'. There are: .*engine"):
         SGD([parameter()], lr=0.1, fused=True)
