@@ -506,8 +506,9 @@ def ledger_table(lines=None, base="../book/runs.html"):
     for claim, found in ledger() if lines is None else lines:
         runs = claim.link.split("-")[0] in ("cifar10", "cars", "wikitext2")
         link = f"{base}#{claim.link}" if runs else f"{claim.link}.html"
-        rows.append([claim.says, claim.size or "computed", Cell(found.figure or "–", link),
-                      str(found.n or "–"), found.verdict])
+        ours = Cell(found.figure, link) if found.figure else "–"
+        rows.append([claim.says, claim.size or "computed", ours, str(found.n or "–"),
+                     found.verdict])
     return Table(["claim", "size", "ours", "n", "verdict"], rows)
 
 

@@ -248,4 +248,6 @@ def test_table_and_tally(made):
     assert [c.text for c in row[1:]] == ["full", "5.70 ± 0.25 %", "3", "held"]
     assert row[2].link == "../book/runs.html#cifar10-full-adamw-30"
     assert table.rows[0][2].link == "01-sgd.html"
+    unseen = next(row for row in table.rows if row[0].text.startswith("90 % on Stanford Cars"))
+    assert (unseen[2].text, unseen[2].link, unseen[4].text) == ("–", "", "not run")     # no link on a dash
     assert isinstance(lines[0][0], Claim)
