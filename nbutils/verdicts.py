@@ -503,12 +503,11 @@ def ledger_table(lines=None, base="../book/runs.html"):
     nbutils.records.Table
     """
     rows = []
-    for claim, found in ledger() if lines is None else lines:
+    for claim, f in ledger() if lines is None else lines:
         runs = claim.link.split("-")[0] in ("cifar10", "cars", "wikitext2")
         link = f"{base}#{claim.link}" if runs else f"{claim.link}.html"
-        ours = Cell(found.figure, link) if found.figure else "–"
-        rows.append([claim.says, claim.size or "computed", ours, str(found.n or "–"),
-                     found.verdict])
+        ours = Cell(f.figure, link) if f.figure else "–"
+        rows.append([claim.says, claim.size or "computed", ours, str(f.n or "–"), f.verdict])
     return Table(["claim", "size", "ours", "n", "verdict"], rows)
 
 
