@@ -399,20 +399,21 @@ def _amsgrad_loss():
 _CARS = {"whole cars": "", "cropped cars": "crops-"}
 
 
-def _decay_or_l2(size):
+def _decay_or(cars, row, other, size):
+    """Decay against another row of Cars, and a row of both language models against one."""
     return absence({
-        name: _relative("cars", f"{p}adamw", f"{p}adam-l2", "error", size)
+        name: _relative("cars", f"{p}adamw", p + cars, "error", size)
         for name, p in _CARS.items()} | {
-        name: _relative("wikitext2", f"{name}-adamw", f"{name}-adam", "valid", size)
+        name: _relative("wikitext2", f"{name}-{row}", f"{name}-{other}", "valid", size)
         for name in ("lstm", "qrnn")})
+
+
+def _decay_or_l2(size):
+    return _decay_or("adam-l2", "adamw", "adam", size)
 
 
 def _decay_or_none(size):
-    return absence({
-        name: _relative("cars", f"{p}adamw", f"{p}wd0", "error", size)
-        for name, p in _CARS.items()} | {
-        name: _relative("wikitext2", f"{name}-adamw-timescale", f"{name}-adamw", "valid", size)
-        for name in ("lstm", "qrnn")})
+    return _decay_or("wd0", "adamw-timescale", "adamw", size)
 
 # %% ../nbs/17-verdicts.ipynb #grid-rule
 def _wd_scale():
