@@ -93,9 +93,10 @@ def test_three_copies_end_with_a_row_for_the_gpu(copies):
     ends = {path.stem: copy.cells[-1].source for path, copy in copies.items() if copy.cells[-1].id == "gpu"}
     assert ends.keys() == launch.GPU_ROWS.keys()
     from nbutils.experiment import get_task
-    for task, row in launch.GPU_ROWS.values():
-        assert get_task(task).config(row, "colab").size == "colab"
-    assert all("!CUDA_VISIBLE_DEVICES=0 nbutils run" in text for text in ends.values())
+    for name, (task, row, small) in launch.GPU_ROWS.items():
+        assert get_task(task).config(row, "colab").size == "colab" and get_task(task).config(small, "smoke").size == "smoke"
+        assert f"!CUDA_VISIBLE_DEVICES=0 nbutils run {task} {row} --size colab" in ends[name]
+        assert ends[name].startswith(f"# without a GPU, in seconds: !nbutils run {task} {small} --size smoke\n")
 
 
 # --- the first cell ------------------------------------------------------------------------------

@@ -30,7 +30,9 @@ VERSION = PROJECT["version"]
 FILES = f"weighing-adam-files-{VERSION}.zip"
 READ = ("book/records/**/*.json", "bench/*.py")  # what chapters read besides nbutils
 WANTED = ("torch", "torchvision")
-GPU_ROWS = {"11-cifar10": ("cifar10", "adamw-30"), "12-cars": ("cars", "adamw"), "16-wikitext-2": ("wikitext2", "lstm-adam")}
+GPU_ROWS = {  # task, row at the size colab, row at the size smoke
+    "11-cifar10": ("cifar10", "adamw-30", "adamw-30"), "12-cars": ("cars", "adamw", "crops-adamw"),
+    "16-wikitext-2": ("wikitext2", "lstm-adam", "lstm-adam")}
 ROLE = re.compile(r"\{cite(?::[pt])?\}`([^`]+)`")
 FENCE = re.compile(r"^```\{admonition\}[ ]*(.*)\n((?::.*\n)*)((?:.*\n)*?)```$", re.M)
 LINK = re.compile(r"(?<=\]\()(?!https?:|#)([^)\s]+)(?=\))")
@@ -69,7 +71,7 @@ TOP = ("\n\n*A copy for Colab, Kaggle or any Jupyter, release {version}: run its
 GPU_TEXT = ("## A row on this machine's GPU\n\nThe command trains one seed of one row at the size `colab`. It was made for "
             "a quarter of an hour on a T4, which has *not been run* yet. The data set is fetched first. When a run is cut "
             "off, the same command goes on with it. What you found is welcome: [how to send a record]({site}/book/launch.html#send).")
-GPU_CELL = ("# without a GPU: --size smoke\n"
+GPU_CELL = ("# without a GPU, in seconds: !nbutils run {task} {small} --size smoke\n"
             "!CUDA_VISIBLE_DEVICES=0 nbutils run {task} {row} --size colab --seeds 0")
 
 
@@ -137,9 +139,9 @@ def launch_copy(path, release, site, cited=None):
         version=VERSION, page=f"{site}/{docname}.html"), top.source)
     cells.insert(1, nbformat.v4.new_code_cell(INSTALL.format(version=VERSION, release=release, least=least(), files=FILES), id="install"))
     if path.stem in GPU_ROWS:
-        task, row = GPU_ROWS[path.stem]
+        task, row, small = GPU_ROWS[path.stem]
         cells.append(nbformat.v4.new_markdown_cell(GPU_TEXT.format(site=site), id="gpu-text"))
-        cells.append(nbformat.v4.new_code_cell(GPU_CELL.format(task=task, row=row), id="gpu"))
+        cells.append(nbformat.v4.new_code_cell(GPU_CELL.format(task=task, row=row, small=small), id="gpu"))
     metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
                 "language_info": {"name": "python"}, "colab": {"provenance": []}}
     return nbformat.v4.new_notebook(cells=cells, metadata=metadata)
