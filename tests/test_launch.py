@@ -130,6 +130,18 @@ def test_a_jupyter_without_torch_gets_it(tmp_path, monkeypatch):
     assert (tmp_path / "stays.txt").read_text() == f"numpy=={importlib.metadata.version('numpy')}"
 
 
+@pytest.mark.parametrize("version, pinned", [("2.9.0+cu126", True), ("1.1.10.post3", True), ("2.0.0b6", True), ("1.11.0a0", True),
+                                             ("2.2.2.240909", True), ("0.1.36ubuntu1", False), ("1.0-beta", False)])
+def test_every_version_that_pip_can_read_stays(version, pinned, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda n: version if n == "numpy" else real(n))
+    monkeypatch.setattr(subprocess, "run", lambda words, **k: subprocess.CompletedProcess(words, 1, "", "stop here"))
+    with pytest.raises(RuntimeError, match="stop here"):
+        exec(install("file:///nowhere"), {})
+    assert (f"numpy=={version}" in (tmp_path / "stays.txt").read_text().split("\n")) == pinned
+
+
 def test_a_wheel_that_cannot_be_had_is_told(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 1, "", "ERROR: no such wheel"))

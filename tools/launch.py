@@ -54,7 +54,8 @@ for name, least in {least}:
                            "Change runtime type; on Kaggle under Settings, Environment.")
 pins = [f"{{name}}=={{installed.version(name)}}" for name in sorted(names)]
 pathlib.Path("stays.txt").write_text(
-    "\\n".join(p for p in pins if re.fullmatch(r"[\\w.-]+==\\d[\\d.]*(\\+[\\w.]+)?", p)))
+    "\\n".join(p for p in pins if re.fullmatch(
+        r"[\\w.-]+==\\d[\\d.]*((a|b|rc|post|dev)\\d+\\.?)*(\\+[\\w.]+)?", p)))
 wheel = f"nbutils[data] @ {{RELEASE}}/nbutils-{version}-py3-none-any.whl"
 done = subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--constraint",
                        "stays.txt", wheel], capture_output=True, text=True)
