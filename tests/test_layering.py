@@ -1,4 +1,4 @@
-"""What nbutils' modules may import, how long they are, and what they promise to a reader."""
+"""What nbutils' modules may import, and what they promise to a reader."""
 import ast
 import importlib
 import re
@@ -24,7 +24,6 @@ LAYERS = [
 TASKS = {"cifar10", "cars", "wikitext2", "verdicts", "command"}
 MODELS = {"wide_resnet", "awd_lstm", "qrnn", "cache_pointer"}
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-MAX_LINES = 275  # "about 250"; docstrings, comments and blank lines are not counted
 HEAVY = ("torchvision", "matplotlib", "fastprogress", "sklearn", "pandas", "IPython")
 SECTIONS = ("Parameters", "Attributes", "Returns", "Yields", "Raises", "Notes", "See Also",
             "References", "Examples", "Warns")
@@ -90,23 +89,6 @@ def test_a_name_that_does_not_exist_gets_the_nearest():
         nbutils.Adamw
     with pytest.raises(AttributeError, match=r"has no name 'zzz'; see dir\(nbutils\)"):
         nbutils.zzz
-
-
-def code_lines(text):
-    """Number of a module's lines that are neither blank nor comment nor docstring."""
-    docstrings = set()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
-            docstrings.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    return sum(1 for number, line in enumerate(text.splitlines(), 1)
-               if line.strip() and not line.strip().startswith("#") and number not in docstrings)
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_modules_stay_short(module):
-    lines = code_lines(source(module))
-    if lines > MAX_LINES:
-        pytest.fail(f"nbutils.{module} has {lines} lines of code; the limit is {MAX_LINES}", pytrace=False)
 
 
 def test_package_loads_only_what_is_asked_for():
