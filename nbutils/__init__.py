@@ -50,8 +50,8 @@ _NAMES = {
         "phases plot_schedules step_decay values"
     ),
     "learner": (
-        "accuracy best_precision Callback HOOKS Learner NonFiniteLoss PRECISIONS "
-        "Progress tta"
+        "accuracy best_precision Callback HOOKS Learner native_precisions NonFiniteLoss "
+        "PRECISIONS Progress tta"
     ),
     "distributed": "Distributed process_group ProcessLost",
     "pictures": (
@@ -136,7 +136,7 @@ if TYPE_CHECKING:
     )
     from nbutils.learner import (
         Callback, HOOKS, Learner, NonFiniteLoss, PRECISIONS, Progress, accuracy,
-        best_precision, tta,
+        best_precision, native_precisions, tta,
     )
     from nbutils.distributed import Distributed, ProcessLost, process_group
     from nbutils.pictures import (

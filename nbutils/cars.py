@@ -420,5 +420,6 @@ task = register(
             "adam-l2": {"error": "10.4", "error_tta": "9"},
             "adam-l2-amsgrad": {"error": "10.1", "error_tta": "9"},
         },
+        precisions={"colab": "fp16", "full": "bf16"},
     )
 )

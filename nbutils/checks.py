@@ -223,17 +223,6 @@ class Verdict:
         return f"{self.path}: this record counts for {cell}"
 
 
-def _stale(task, r):
-    current = next((c for c in task.configs if (c.size, c.row) == (r.size, r.row)), None)
-    if current is None:
-        return "the task has no such row now"
-    if r.recipe != task.recipe:
-        return f"it was made by recipe {r.recipe} of the task, which is at {task.recipe} now"
-    if r.config_hash != config_hash(current):
-        return "its row has other settings now"
-    return ""
-
-
 def _lacks(task, r):
     """Yield the figures that the row measures and the record does not have."""
     for c in task.configs:
@@ -276,7 +265,7 @@ def check_record(path, folder=None):
         task = get_task(record.task)
     except KeyError as error:
         return Verdict(path, record, (*problems, error.args[0]))
-    stale = _stale(task, record)
+    stale = task.why_not(record)
     problems += [] if stale else _lacks(task, record)
     if folder is not None and not problems:
         problems += _place(path, record, Path(folder))

@@ -333,5 +333,6 @@ task = register(
             "adamw-18": {"error_tta": "6.02"},
         },
         measures=lambda config, metric: metric != "error_tta" or config.views > 0,
+        precisions={"laptop": "bf16", "colab": "fp16", "full": "bf16"},
     )
 )

@@ -132,6 +132,29 @@ def _callables(what, given, form):
             raise TypeError(f"{what}: {name!r} is {value!r}: give {form}")
     return dict(given)
 
+# %% ../nbs/a1-conventions.ipynb #plain
+def _plain(value, name="value"):
+    """Return a copy of nested dicts, lists and tuples that holds plain values only.
+
+    NumPy's scalars become Python's; tensors are passed on as they are. Raises TypeError
+    for anything that a checkpoint could not be read back with, naming where it lies.
+    """
+    if value is None or torch.is_tensor(value):
+        return value
+    for kind in (bool, int, float, complex, str, bytes):
+        if isinstance(value, kind):
+            return value if type(value) is kind else kind(value)
+    if isinstance(value, dict):
+        return {_plain(k, f"a key of {name}"): _plain(v, f"{name}[{k!r}]")
+                for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        values = [_plain(v, f"{name}[{i}]") for i, v in enumerate(value)]
+        return values if isinstance(value, list) else tuple(values)
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        return _plain(value.item(), name)
+    raise TypeError(f"{name} is a {type(value).__name__}: only numbers, strings, None, "
+                    "tensors, and lists, tuples and dicts of them can be kept")
+
 # %% ../nbs/a1-conventions.ipynb #timing
 @dataclass(frozen=True)
 class Timing:

@@ -25,8 +25,8 @@ from pathlib import Path
 
 import torch
 
-from .core import default_device, seed_everything, unknown
-from .learner import Callback, Progress
+from .core import _plain, default_device, seed_everything, unknown
+from .learner import Callback, PRECISIONS, Progress, native_precisions
 from .optimizer import NonFiniteError
 from .records import (Record, code_state, config_hash, describe_device, read_record,
                              read_records, table, versions, write_record)
@@ -92,6 +92,9 @@ class Task:
         How many seeds are wanted for each size.
     measures : callable
         ``(config, metric) -> bool``: whether a row has that metric at all.
+    precisions : dict of str to {"fp32", "bf16", "fp16"}
+        For each size, the precision of the rows whose settings say "auto"; fp32 if not
+        given.
     """
 
     name: str
@@ -106,6 +109,7 @@ class Task:
         default_factory=lambda: {"smoke": 1, "laptop": 3, "colab": 1, "full": 5}
     )
     measures: Callable = lambda config, metric: True
+    precisions: dict = field(default_factory=dict)
 
     def config(self, row, size):
         """Return a row's settings.
@@ -124,17 +128,34 @@ class Task:
             raise KeyError(f"{self.name}, size {size}: {unknown('row', row, rows)}")
         return rows[row]
 
-    def counts(self, record):
-        """Whether a record was made with the settings and the recipe that its row has
-        now.
+    def precision(self, config):
+        """Return the precision in which runs of a row count, so that no table mixes two;
+        None if its settings have no such field.
         """
+        wanted = getattr(config, "precision", None)
+        return self.precisions.get(config.size, "fp32") if wanted == "auto" else wanted
+
+    def why_not(self, record):
+        """Say why a record does not count in its cell; an empty string if it counts."""
         cell = record.size, record.row
         current = next((c for c in self.configs if (c.size, c.row) == cell), None)
-        return (
-            current is not None
-            and record.recipe == self.recipe
-            and record.config_hash == config_hash(current)
-        )
+        if current is None:
+            return "the task has no such row now"
+        if record.recipe != self.recipe:
+            return (f"it was made by recipe {record.recipe} of the task, which is at "
+                    f"{self.recipe} now")
+        if record.config_hash != config_hash(current):
+            return "its row has other settings now"
+        wanted = self.precision(current)
+        if wanted not in (None, record.precision):
+            return f"it was trained in {record.precision}, and its row counts in {wanted}"
+        return ""
+
+    def counts(self, record):
+        """Whether a record has the settings, the recipe and the precision that its row
+        has now.
+        """
+        return not self.why_not(record)
 
     def records(self, size, folder=None):
         """Return the records of one size that count, below ``folder``
@@ -240,35 +261,59 @@ class Checkpoint(Callback):
 
     Parameters
     ----------
-    path : Path
+    path : str or Path
+        Its folder is made at the start of the fit, if need be. While a checkpoint is
+        written, it lies beside it as ``path`` + ".part".
     mark : dict
-        What the checkpoint belongs to; another mark's checkpoint is not taken up.
+        What the checkpoint belongs to; a checkpoint with another mark is not loaded.
     seconds : float
-        An epoch that ends sooner than this after the last checkpoint is not kept.
+        The least time between two checkpoints.
+
+    Raises
+    ------
+    TypeError
+        In ``before_fit``, for a state or a mark that could not be read back.
+    OSError
+        In ``before_fit``, if the folder cannot be written.
     """
 
     def __init__(self, path, mark, seconds=0.0):
         self.path, self.mark, self.seconds = Path(path), mark, seconds
         self.last = time.monotonic()
 
+    @property
+    def _part(self):
+        return self.path.with_name(f"{self.path.name}.part")
+
+    def before_fit(self, learner):
+        self._state(learner)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._part.touch()
+        self._part.unlink()
+
     def after_epoch(self, learner):
         if time.monotonic() - self.last < self.seconds:
             return
-        self.last = time.monotonic()
-        whole, part = io.BytesIO(), self.path.with_suffix(".part")
-        with open(part, "wb") as f:
-            torch.save({"mark": self.mark, "state": learner.state_dict()}, whole)
-            f.write(hashlib.sha256(whole.getvalue()).digest())
-            f.write(whole.getvalue())
+        with open(self._part, "wb") as f:
+            f.write(bytes(32))  # here the hash will stand
+            hashed = _Hashed(f)
+            torch.save(self._state(learner), hashed)
+            f.seek(0)
+            f.write(hashed.sha256.digest())
             f.flush()
             os.fsync(f.fileno())
-        os.replace(part, self.path)
+        os.replace(self._part, self.path)
+        self.last = time.monotonic()
+
+    def _state(self, learner):
+        return {"mark": _plain(self.mark, "mark"), "state": learner.state_dict()}
 
     def load(self, learner):
-        """Take up the checkpoint if it has this mark; return whether it was taken up.
+        """Load the checkpoint if it has this mark; return whether it was loaded.
 
-        One that is damaged, or that does not fit the Learner, is set aside with a word
-        of why. The Learner may then hold a part of it: build it anew.
+        Its tensors go to the Learner's device, wherever they were when it was written.
+        A checkpoint that is damaged, or does not fit the Learner, is renamed, and a
+        message says why. The Learner may then hold a part of it: build it anew.
         """
         if not self.path.exists():
             return False
@@ -276,17 +321,32 @@ class Checkpoint(Callback):
             raw = self.path.read_bytes()
             if hashlib.sha256(raw[32:]).digest() != raw[:32]:
                 raise ValueError("its bytes are damaged")
-            saved = torch.load(io.BytesIO(raw[32:]), weights_only=True)
-            if saved["mark"] == self.mark:
+            saved = torch.load(io.BytesIO(raw[32:]), weights_only=True,
+                               map_location=learner.device)
+            if saved["mark"] == _plain(self.mark, "mark"):
                 learner.load_state_dict(saved["state"])
                 return True
         except Exception as error:  # torch raises many kinds for what does not fit
-            aside = _aside(self.path.with_suffix(".damaged"))
+            aside = _aside(self.path.with_name(f"{self.path.name}.damaged"))
             os.replace(self.path, aside)
             why = str(error).split("\n")[0]
             print(f"{self.path} cannot be used ({why}): it is kept as {aside.name}, and "
                   "the run starts from its beginning", flush=True)
         return False
+
+
+class _Hashed:
+    """A file to write to; its bytes are hashed as they pass."""
+
+    def __init__(self, file):
+        self.file, self.sha256 = file, hashlib.sha256()
+
+    def write(self, data):
+        self.sha256.update(data)
+        return self.file.write(data)
+
+    def flush(self):
+        self.file.flush()
 
 
 def _aside(path):
@@ -338,18 +398,38 @@ def _prepare(folder, bytes_needed):
                       f"{bytes_needed / 1e6:.0f} MB: make room, or {remedy}")
 
 # %% ../nbs/09-experiments.ipynb #begin
-def _begin(task, config, seed, device, folder, cell):
+def _precision(task, config, device, asked, cell):
+    """The precision of a run, or None where the settings have no such field."""
+    wanted = task.precision(config)
+    if asked is None:
+        native = native_precisions(device)
+        if wanted in (None, *native):
+            return wanted
+        asked = native[0]
+        print(f"{cell}: {device} does not run {wanted} in hardware, so this run is in "
+              f"{asked}; its record is kept, and counts in no table", flush=True)
+    if asked not in PRECISIONS:
+        raise ValueError(unknown("precision", asked, PRECISIONS))
+    if asked != wanted and getattr(config, "precision", None) != "auto":
+        raise ValueError(f"precision is {asked!r}, and the settings of {cell} fix "
+                         f"{wanted}: leave precision out")
+    return asked
+
+
+def _begin(task, config, seed, device, path, cell, precision):
     torch.backends.cudnn.benchmark = device.type == "cuda"  # try kernels, keep the fastest
+    own = config if precision is None else dataclasses.replace(config, precision=precision)
     seed_everything(seed)
-    learner = task.build(config, seed, device)
+    learner = task.build(own, seed, device)
     parameters = sum(p.numel() for p in learner.model.parameters())
-    _prepare(folder, 40 * parameters + 10e6)
-    mark = {"config": config_hash(config), "recipe": task.recipe, "seed": seed}
-    often = {"cuda": 20.0}.get(device.type, 0.0)  # a GPU's epochs are short
-    checkpoint = Checkpoint(folder / f"{seed}.pt", mark, often)
+    _prepare(path.parent, 40 * parameters + 10e6)
+    mark = {"config": config_hash(config), "recipe": task.recipe, "seed": seed,
+            "precision": learner.precision}
+    often = 120.0 if device.type == "cuda" else 0.0  # a GPU's epochs are short
+    checkpoint = Checkpoint(path, mark, often)
     if checkpoint.path.exists() and not checkpoint.load(learner):
         seed_everything(seed)
-        learner = task.build(config, seed, device)
+        learner = task.build(own, seed, device)
     if learner.epoch:
         done = f"{learner.epoch} of {config.epochs}"
         print(f"{cell}: going on after epoch {done}", flush=True)
@@ -361,13 +441,13 @@ def _fit(learner, config, cell, failed):
     try:
         learner.fit(config.epochs)
     except NonFiniteError as error:
-        kept = {"config": _plain(config), "error": str(error)}
+        kept = {"config": _settings(config), "error": str(error)}
         kept |= {"history": learner.history, "curve": thin(learner.trace)}
         failed.write_text(json.dumps(kept, indent=1))
         raise type(error)(f"{cell}: {error}. What it had is in {failed}") from None
 
 
-def _plain(config):
+def _settings(config):
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
@@ -392,7 +472,7 @@ def thin(trace, points=200):
 # %% ../nbs/09-experiments.ipynb #finish
 def _finish(task, config, seed, device, learner, started):
     start = time.perf_counter()
-    metrics = task.score(learner, config)
+    metrics = _plain(task.score(learner, config), "metrics")
     seconds = time.perf_counter() - start
     seconds += sum(row["seconds"] + row["valid_seconds"] for row in learner.history)
     commit, code_hash = code_state()
@@ -401,10 +481,10 @@ def _finish(task, config, seed, device, learner, started):
         size=config.size,
         row=config.row,
         seed=seed,
-        config=_plain(config),
+        config=_settings(config),
         config_hash=config_hash(config),
         recipe=task.recipe,
-        history=learner.history,
+        history=_plain(learner.history, "history"),
         curve=thin(learner.trace),
         metrics=metrics,
         seconds=seconds,
@@ -417,7 +497,8 @@ def _finish(task, config, seed, device, learner, started):
     )
 
 # %% ../nbs/09-experiments.ipynb #run
-def run(config, seed, *, device=None, records=None, runs=None, progress=None):
+def run(config, seed, *, device=None, precision=None, records=None, runs=None,
+        progress=None):
     """Run one seed of one row to its record, from the start or from where it stopped.
 
     Parameters
@@ -427,6 +508,11 @@ def run(config, seed, *, device=None, records=None, runs=None, progress=None):
     seed : int
     device : torch.device, optional
         :func:`nbutils.core.default_device` if not given.
+    precision : {"fp32", "bf16", "fp16"}, optional
+        For a row whose settings say "auto". If not given, the one in which the row
+        counts (:meth:`Task.precision`), or the device's best, with a message, where the
+        device does not run that in hardware. A record in another precision than the
+        row's is kept as seed.precision.json, and counts in no table.
     records, runs : Path, optional
         Folders; :func:`records_folder` and :func:`runs_folder` if not given.
     progress : {"bar", "lines", "silent", None}
@@ -439,7 +525,8 @@ def run(config, seed, *, device=None, records=None, runs=None, progress=None):
     Raises
     ------
     ValueError
-        If the seed is not an int of 0 or above, or the settings are not their row's.
+        If the seed is not an int of 0 or above, the settings are not their row's, or
+        they fix another precision.
     CellBusy
         If another process runs this cell.
     OSError
@@ -456,35 +543,40 @@ def run(config, seed, *, device=None, records=None, runs=None, progress=None):
         raise ValueError(f"these are not the settings of {config.task} {config.row} "
                          f"({config.size}): give them a row of their own in the task")
     cell = f"{config.task} {config.row} ({config.size}), seed {seed}"
+    precision = _precision(task, config, device, precision, cell)
+    name = f"{seed}" if precision == task.precision(config) else f"{seed}.{precision}"
     place = Path(config.task, config.size, config.row)
     records = Path(records or records_folder())
     folder = Path(runs or runs_folder()) / place
     _prepare(records / place, 1e6)
     _prepare(folder, 10e6)
-    with _locked(folder / f"{seed}.lock", cell):
-        finished = _finished(task, records / place / f"{seed}.json")
+    with _locked(folder / f"{name}.lock", cell):
+        finished = _finished(task, config, records / place / f"{name}.json", precision)
         if finished:
-            (folder / f"{seed}.pt").unlink(missing_ok=True)
+            (folder / f"{name}.pt").unlink(missing_ok=True)
             return finished
         started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        learner, checkpoint = _begin(task, config, seed, device, folder, cell)
+        learner, checkpoint = _begin(task, config, seed, device, folder / f"{name}.pt",
+                                     cell, precision)
         learner.progress = Progress(progress) if progress else learner.progress
-        _fit(learner, config, cell, folder / f"{seed}.failed.json")
+        _fit(learner, config, cell, folder / f"{name}.failed.json")
         record = _finish(task, config, seed, device, learner, started)
-        write_record(record, records)
+        write_record(record, records, f"{name}.json")
         checkpoint.path.unlink(missing_ok=True)
     return record
 
 
-def _finished(task, path):
-    """Return the cell's record if it counts; set aside one that does not."""
+def _finished(task, config, path, precision):
+    """Return the record of this run, if there is one; set aside one of other settings."""
     for leftover in path.parent.glob(f".{path.name}.*.part"):
         leftover.unlink()  # of a process that was killed while it wrote
     if not path.exists():
         return None
     record = read_record(path)
-    if task.counts(record):
+    current = (record.recipe, record.config_hash) == (task.recipe, config_hash(config))
+    if current and precision in (None, record.precision):
         return record
-    aside = f"{path.stem}.recipe{record.recipe}-{record.config_hash}.json"
+    aside = (f"{record.seed}.{record.precision}.json" if current else
+             f"{path.stem}.recipe{record.recipe}-{record.config_hash}.json")
     path.rename(_aside(path.with_name(aside)))
     return None

@@ -96,8 +96,16 @@ def config_hash(config):
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 # %% ../nbs/a3-records.ipynb #write-record
-def write_record(record, folder):
+def write_record(record, folder, name=None):
     """Write a record below ``folder`` in one step; return its path.
+
+    Parameters
+    ----------
+    record : Record
+    folder : str or Path
+    name : str, optional
+        Of the file, in the place of seed.json: one of another precision than its row's
+        lies beside it, as seed.fp16.json.
 
     Raises
     ------
@@ -105,6 +113,7 @@ def write_record(record, folder):
         If the cell has a record already. Records are never overwritten.
     """
     path = Path(folder) / record.path
+    path = path.with_name(name or path.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, part = tempfile.mkstemp(
         dir=path.parent, prefix=f".{path.name}.", suffix=".part"
@@ -148,7 +157,8 @@ def read_record(path):
         raise ValueError(
             f"{path} is not a record ({error}): delete it, or restore it from the repository"
         ) from None
-    if Path(*path.parts[-4:]) != place:
+    lies = path.with_name(f"{path.name.partition('.')[0]}.json")
+    if Path(*lies.parts[-4:]) != place:
         raise ValueError(
             f"{path} says that it is {place}: a record must lie in its own cell's place"
         )
@@ -449,12 +459,12 @@ def table(records, rows, columns, *, published=None, dashes=(), caption="",
     Raises
     ------
     ValueError
-        If the records are of several tasks or sizes.
+        If the records are of several tasks, sizes or precisions.
     """
-    kinds = sorted({(r.task, r.size) for r in records})
+    kinds = sorted({(r.task, r.size, r.precision) for r in records})
     if len(kinds) > 1:
-        raise ValueError(f"a table never mixes tasks or sizes, and these records are of "
-                         f"{kinds}: filter them first")
+        raise ValueError(f"a table never mixes tasks, sizes or precisions, and these "
+                         f"records are of {kinds}: filter them first")
     known = [published[row] for row in rows if row in (published or {})]
     beside = {metric for cells in known for metric in cells}
     header, lines = ["row"], []

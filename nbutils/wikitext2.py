@@ -487,6 +487,7 @@ task = register(Task(
     data=load_wikitext2,
     columns={name: (name.replace("_", " with "), 1, 1) for name in _COLUMNS},
     published={row: dict(zip(_COLUMNS, s.split())) for row, s in _FIGURES.items()},
+    precisions={"laptop": "fp32", "colab": "fp16", "full": "bf16"},
 ))
 
 # %% ../nbs/16-wikitext-2.ipynb #sample

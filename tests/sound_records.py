@@ -33,7 +33,7 @@ def sound(task="cifar10", row="adamw-30", size="full", seed=0, **changes):
         "curve": {"step": [0, 1, 2], "loss": [2.3, 1.0, 0.5], "lr": [low, peak, low],
                   "momentum": [*config["momentum"], config["momentum"][0]]},
         "metrics": metrics, "seconds": 11.0 * epochs + 2, "device": "a card",
-        "precision": "bf16" if config["precision"] == "auto" else config["precision"],
+        "precision": it.precision(it.config(row, size)),
         "versions": {"python": "3.12.1", "platform": "Linux x86_64", "torch": "2.15.0", "torchvision": "0.29.2", "nbutils": "0.1.0"},
         "commit": "0123456789abcdef" * 2 + "01234567", "code_hash": "0123456789abcdef", "started": "2026-11-26T10:00:00+00:00"}
     return fields | changes

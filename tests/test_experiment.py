@@ -201,7 +201,7 @@ POINTS = {
     "before the record is on the disk": lambda: at_call(os, "fsync", 5),
     "before the record gets its name": lambda: at_call(os, "link", 1),
     "after the record got its name": lambda: at_call(os, "link", 1, before=False),
-    "before the checkpoint is deleted": lambda: at_call(Path, "unlink", 4),
+    "before the checkpoint is deleted": lambda: at_call(Path, "unlink", 5),
 }
 
 
@@ -220,7 +220,7 @@ def test_killed_at(point, place, undisturbed):
 
 
 def test_the_kill_of_unlink_is_where_it_says(place):
-    """Path.unlink is called by three probes, then by the checkpoint's deletion."""
+    """Path.unlink is called by four probes of folders, then by the checkpoint's deletion."""
     with place.child(kill="before the checkpoint is deleted") as child:
         child.wait()
     assert place.file("json").exists() and place.file("pt").exists()
@@ -300,10 +300,13 @@ def checkpoint(tmp_path_factory):
     return here.file("pt").read_bytes()
 
 
+MARK = {"config": config_hash(TOY.config("steady", "smoke")), "recipe": TOY.recipe, "seed": 0, "precision": "fp32"}
+
+
 def kept(path):
-    """What is in a checkpoint of the toy, as a Learner that has taken it up."""
-    learner, config = toy_build(TOY.config("steady", "smoke"), 0, "cpu"), TOY.config("steady", "smoke")
-    taken = Checkpoint(path, {"config": config_hash(config), "recipe": TOY.recipe, "seed": 0}).load(learner)
+    """What is in a checkpoint of the toy, as a Learner that has loaded it."""
+    learner = toy_build(TOY.config("steady", "smoke"), 0, "cpu")
+    taken = Checkpoint(path, MARK).load(learner)
     return learner if taken else None
 
 
@@ -363,13 +366,13 @@ def test_checkpoints_that_would_come_too_soon_are_left_out(tmp_path):
     assert rare.path.stat().st_mtime_ns == first and rare.load(learner)
 
 
-@pytest.mark.parametrize("other", [{"config": "0" * 16}, {"recipe": 7}, {"seed": 3}])
+@pytest.mark.parametrize("other", [{"config": "0" * 16}, {"recipe": 7}, {"seed": 3}, {"precision": "bf16"}])
 def test_checkpoint_of_other_settings(other, place, undisturbed, checkpoint, capfd):
     place.file("pt").parent.mkdir(parents=True)
     place.file("pt").write_bytes(checkpoint)
-    learner, config = kept(place.file("pt")), TOY.config("steady", "smoke")
+    learner = kept(place.file("pt"))
     assert (learner.epoch, learner.step) == (2, 10)
-    Checkpoint(place.file("pt"), {"config": config_hash(config), "recipe": 1, "seed": 0} | other).after_epoch(learner)
+    Checkpoint(place.file("pt"), MARK | other).after_epoch(learner)
     assert kept(place.file("pt")) is None
     assert numbers(place.run()) == numbers(undisturbed("toy", "steady")[0])
     assert "going on" not in capfd.readouterr().out

@@ -239,8 +239,8 @@ COLUMNS = {"error": ("error, %", 100, 2), "error_tta": ("with TTA, %", 100, 2)}
 
 
 def test_table_never_mixes():
-    for other in (record(size="full"), record(task="cars")):
-        with pytest.raises(ValueError, match="never mixes tasks or sizes, .*smoke.*filter them first"):
+    for other in (record(size="full"), record(task="cars"), record(precision="bf16")):
+        with pytest.raises(ValueError, match="never mixes tasks, sizes or precisions, .*smoke.*filter them first"):
             table([record(), other], ["adamw-30"], COLUMNS)
 
 

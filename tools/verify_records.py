@@ -27,7 +27,7 @@ from nbutils.experiment import SIZES, TASKS, get_task
 ROOT = Path(__file__).resolve().parent.parent
 # Folders beside the tasks' own, whose records have forms of their own (see bench/).
 OTHERS = ("bench", "cache", "cases", "conformance", "counterexamples", "decode", "epochs", "qrnn", "samples", "steps")
-ASIDE = re.compile(r"\d+\.recipe\d+-[0-9a-f]{16}(-\d+)?\.json")     # set aside by a newer run
+ASIDE = re.compile(r"\d+(\.(bf16|fp16|fp32|recipe\d+-[0-9a-f]{16}))+(-\d+)?\.json")   # of other settings or another precision
 BLOCK = re.compile(r"<!-- table:(\w+):(\w+)(?::([\w-]+))? -->\n(.*?)<!-- /table -->", re.S)
 LINK = re.compile(r"runs\.html#(\w+?)-(\w+?)-(.+)")
 PUBLISHED = ", published"
@@ -110,11 +110,13 @@ def digest(config):
 
 
 def counts(record):
-    """Whether the record is of its row's settings and recipe, without asking nbutils.records."""
+    """Whether the record has its row's settings, recipe and precision, without asking nbutils.records."""
     task = get_task(record["task"])
     rows = {(c.size, c.row): json.loads(json.dumps(asdict(c))) for c in task.configs}
     now = rows.get((record["size"], record["row"]))
-    return now == record["config"] and digest(now) == record["config_hash"] and record["recipe"] == task.recipe
+    wanted = now and (now["precision"] if now["precision"] != "auto" else task.precisions.get(record["size"], "fp32"))
+    return (now == record["config"] and digest(now) == record["config_hash"] and record["recipe"] == task.recipe
+            and wanted == record["precision"])
 
 
 # --- cells ---------------------------------------------------------------------------------------
