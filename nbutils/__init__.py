@@ -74,7 +74,7 @@ _NAMES = {
     ),
     "experiment": (
         "CellBusy Checkpoint Config get_task records_folder register Reseed run "
-        "runs_folder SIZES Task TASKS thin"
+        "runs_folder SIZES Task TASKS thin Work"
     ),
     "checks": "check_record Verdict",
 }
@@ -164,7 +164,7 @@ if TYPE_CHECKING:
         evaluate_tokens, mix_cache, perplexity, sweep,
     )
     from nbutils.experiment import (
-        CellBusy, Checkpoint, Config, Reseed, SIZES, TASKS, Task, get_task,
+        CellBusy, Checkpoint, Config, Reseed, SIZES, TASKS, Task, Work, get_task,
         records_folder, register, run, runs_folder, thin,
     )
     from nbutils.checks import Verdict, check_record

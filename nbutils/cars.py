@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BODIES', 'WEIGHTS', 'PICTURES', 'ROWS', 'task', 'CarsConfig', 'load_weights', 'make_net', 'generated_pictures',
-           'load', 'make_optimizer', 'build', 'augmented_batches', 'score']
+           'load', 'make_optimizer', 'build', 'augmented_batches', 'score', 'work']
 
 # %% ../nbs/12-cars.ipynb #imports
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from .amsgrad import Adam, AdamW
 from .car_files import load_cars
 from .core import unknown
 from .data import Batches, Images
-from .experiment import Config, Task, register
+from .experiment import Config, Task, Work, register
 from .files import data_home, verify
 from nbutils.fine_tuning import (
     FineTuneNet,
@@ -401,6 +401,24 @@ def score(learner, config):
         metrics["error_tta"] = int((probabilities.argmax(1) != targets).sum()) / n
     return metrics
 
+# %% ../nbs/12-cars.ipynb #work
+def work(config):
+    """Return what a run of a row computes, as a :class:`nbutils.experiment.Work`."""
+    pictures, classes = ((256, 128), 8) if config.pictures == "generated" else \
+        ((8_144 // config.every, 8_041 // config.every), 196 // config.every)
+    n, side = config.batch_size, config.side
+    return Work(
+        key=(config.body, n, side, classes, config.head_epochs, config.epochs),
+        model=lambda: make_net(replace(config, weights="none"), classes),
+        batch=lambda: (torch.zeros(n, 3, side, side), torch.zeros(n, dtype=torch.int64)),
+        loss_fn=nn.functional.cross_entropy,
+        steps=-(-pictures[0] // n),
+        evaluated=pictures[1] / n,
+        stages=((config.head_epochs, lambda net: net.freeze(2)),
+                (config.epochs - config.head_epochs, lambda net: net.freeze(0))),
+        data=sum(pictures) * 3 * int(side * 1.05) ** 2,
+    )
+
 # %% ../nbs/12-cars.ipynb #task
 task = register(
     Task(
@@ -408,6 +426,7 @@ task = register(
         configs=tuple(_rows()),
         build=build,
         score=score,
+        work=work,
         data=load_cars,
         columns={
             "error": ("error, %", 100, 2),

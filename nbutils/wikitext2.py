@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['WIKITEXT2_SHA256', 'WIKITEXT2_URL', 'ROWS', 'task', 'Vocabulary', 'Corpus', 'load_wikitext2', 'help_topics',
-           'Streams', 'Wikitext2Config', 'corpus_of', 'make_model', 'make_optimizer', 'build', 'score', 'sample']
+           'Streams', 'Wikitext2Config', 'corpus_of', 'make_model', 'make_optimizer', 'build', 'score', 'work',
+           'sample']
 
 # %% ../nbs/16-wikitext-2.ipynb #imports
 from collections import Counter
@@ -18,7 +19,7 @@ from .awd_lstm import Carried, LanguageModel, RegularizedLoss
 from .awd_lstm import awd_lstm, token_loss
 from .cache_pointer import CACHE_2018, add_cache, evaluate_tokens, perplexity
 from .core import unknown
-from .experiment import Config, Task, register
+from .experiment import Config, Task, Work, register
 from .files import cached, data_home, download, verify
 from .learner import PRECISIONS, Learner
 from .qrnn import qrnn_layers
@@ -474,6 +475,29 @@ def score(learner, config):
             metrics[f"{split}_2018"] = perplexity(evaluation.log_probs, 2000)
     return metrics
 
+# %% ../nbs/16-wikitext-2.ipynb #work
+_TOKENS = {  # size: of the training text, the validation text, and in the vocabulary
+    "smoke": (16_000, 2_000, 830),
+    "laptop": (208_862, 21_764, 7_470),
+}
+_WHOLE = 2_088_628, 217_646, 33_279
+
+
+def work(config):
+    """Return what a run of a row computes, as a :class:`nbutils.experiment.Work`."""
+    train, valid, vocabulary = _TOKENS.get(config.size, _WHOLE)
+    n = config.streams, config.steps
+    return Work(
+        key=(config.model, *n, config.embedding, config.hidden, config.n_layers, config.epochs),
+        model=lambda: Carried(make_model(config, vocabulary)),
+        batch=lambda: (torch.zeros(n[::-1], dtype=torch.int64),) * 2,
+        loss_fn=RegularizedLoss(config.alpha, config.beta, config.on),
+        steps=train // n[0] // n[1] - 1,
+        evaluated=valid / (n[0] * n[1]),
+        stages=((config.epochs, lambda model: None),),
+        data=8 * (train + valid),
+    )
+
 # %% ../nbs/16-wikitext-2.ipynb #task
 _FIGURES = {  # valid, test, valid with cache, test with cache
     "lstm-adam": "68.7 65.5 52.9 50.9", "lstm-adam-amsgrad": "69.4 66.5 53.1 51.3",
@@ -483,7 +507,7 @@ _FIGURES = {  # valid, test, valid with cache, test with cache
 }
 _COLUMNS = ("valid", "test", "valid_cache", "test_cache")
 task = register(Task(
-    name="wikitext2", configs=tuple(_rows()), build=build, score=score,
+    name="wikitext2", configs=tuple(_rows()), build=build, score=score, work=work,
     data=load_wikitext2,
     columns={name: (name.replace("_", " with "), 1, 1) for name in _COLUMNS},
     published={row: dict(zip(_COLUMNS, s.split())) for row, s in _FIGURES.items()},
