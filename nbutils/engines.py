@@ -6,6 +6,7 @@
 __all__ = ['TensorList']
 
 # %% ../nbs/05-step-speed.ipynb #imports
+import contextlib
 import itertools
 
 import torch
@@ -230,6 +231,25 @@ def _make_kernel(active, names, step, lists, numbers):
     graph = make_fx(run, tracing_mode="fake")(*lists, numbers)
     return torch.compile(graph, fullgraph=True, dynamic=False)
 
+# %% ../nbs/05-step-speed.ipynb #to-device
+def _pinned(values, dtype, device):
+    """Return a tensor of these values on the host, page-locked if a GPU is to fetch it."""
+    host = torch.as_tensor(values, dtype=dtype, device="cpu")
+    if torch.device(device).type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a CUDA graph would repeat this step with the numbers and addresses of "
+                "its capture: step outside of the graph, or take torch.optim with "
+                "capturable=True")
+        with contextlib.suppress(RuntimeError):     # none is left: then the copy waits
+            host = host.pin_memory()
+    return host
+
+
+def _to_device(values, dtype, device):
+    """Return a tensor of these values on a device; the host does not wait for the copy."""
+    return _pinned(values, dtype, device).to(device, non_blocking=True)
+
 # %% ../nbs/05-step-speed.ipynb #run-compiled
 def _run_compiled(opt, group, params):
     active, names = _plan(opt, group)
@@ -238,7 +258,7 @@ def _run_compiled(opt, group, params):
         program, numbers = _probe(active, names, step)
         device, dtype = members[0].device, members[0].dtype
         exact = torch.float64 if dtype is torch.float64 else torch.float32
-        numbers = torch.tensor(numbers, dtype=exact).to(device, non_blocking=True)
+        numbers = _to_device(numbers, exact, device)
         lists = (members, [p.grad for p in members],
                  [[s[name] for s in states] for name in names])
         key = program, tuple(map(id, members))

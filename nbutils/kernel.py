@@ -16,7 +16,7 @@ from importlib.util import find_spec
 import torch
 
 from .engines import _as_lists, _count, _fused_kind, _gather, _is_dense, _like
-from .engines import _plan, _probe, _run_steppers
+from .engines import _pinned, _plan, _probe, _run_steppers, _to_device
 from .optimizer import ENGINES
 
 # %% ../nbs/a6-kernel.ipynb #formula
@@ -253,13 +253,17 @@ def _likeness(tensors):
     if _Guards is not None:
         return _Guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
     def kinds(*tensors):
-        return [(t.shape, t.stride(), t.dtype, t.device) for t in tensors]
+        return [t is not None and (t.shape, t.stride(), t.dtype, t.device)
+                for t in tensors]
     wanted = kinds(*tensors)
     return lambda *found: kinds(*found) == wanted
 
 # %% ../nbs/a6-kernel.ipynb #launch
+_TABLES = 8     # sets of addresses that a launch keeps
+
+
 class Launch:
-    """A kernel over lists of tensors, and the table of the places where these lie.
+    """A kernel over lists of tensors, and tables of the places where these lie.
 
     A *column* is a list of tensors, one for each parameter, all of one dtype and device
     and, in the same row, of one shape and layout.
@@ -276,50 +280,68 @@ class Launch:
 
     def __init__(self, program, names, width=1024):
         self.program, self.names, self.width = program, names, width
-        self.placed = self.made_for = None
+        self.same = self.made_for = None
+        self.tables, self.free = {}, []     # addresses -> (row, alignment); rows to fill
 
-    def knows(self, columns):
-        """Whether these are the tensors' places, shapes and kinds that it was placed on."""
+    def follow(self, columns):
+        """Point the kernel at columns that differ from the placed ones in their places.
+
+        Returns False, and changes nothing, if they differ in more, or cannot be followed.
+        """
         tensors = [t for column in columns for t in column]
-        if self.placed is None or any(t is None for t in tensors):
+        if self.same is None or not self.same(*tensors):
             return False
-        return self.placed == [t.data_ptr() for t in tensors] and self.same(*tensors)
+        self._point(tuple([t.data_ptr() for t in tensors]))
+        return True
 
     def place(self, columns, found=None):
         """Point the kernel at columns.
 
         `found` are the columns as they were found, if `columns` holds copies or other
-        views of them; a kernel that works on copies knows none of them again.
+        views of them; a kernel that works on copies cannot follow them.
         """
         self.held = columns                     # until it has run: copies must not be freed
-        addresses = [t.data_ptr() for column in columns for t in column]
+        addresses = tuple([t.data_ptr() for column in columns for t in column])
         tensors = [t for column in found or columns for t in column]
-        self.placed, self.same = [t.data_ptr() for t in tensors], _likeness(tensors)
-        if self.placed != addresses:
-            self.placed = None
-        kinds = {name: column[0].dtype for name, column in zip(self.names, columns)}
-        self.like = first = columns[0][0]
-        align = 16 if all(a % 16 == 0 for a in addresses) else first.element_size()
-        self.source = self.program, tuple(kinds.items()), align
-        sizes = [t.numel() for t in columns[0]]
-        if (sizes, first.device) != self.made_for:
-            self.made_for = sizes, first.device
-            blocks = (torch.tensor(sizes) + self.width - 1) // self.width
-            owner = torch.repeat_interleave(torch.arange(len(sizes)), blocks)
-            start = torch.arange(len(owner)) - (blocks.cumsum(0) - blocks)[owner]
-            tables = owner.int(), start, torch.tensor(sizes)
-            self.tables = *(t.to(first.device) for t in tables), len(sizes)
-            self.grid = (max(1, len(owner)),)
-        self.addresses = torch.tensor(addresses).to(first.device)
+        copied = addresses != tuple([t.data_ptr() for t in tensors])
+        self.same = None if copied else _likeness(tensors)
+        self.kinds = tuple([(name, c[0].dtype) for name, c in zip(self.names, columns)])
+        self.like = columns[0][0]
+        self._list_blocks([t.numel() for t in columns[0]], self.like.device)
+        self._point(addresses)
+
+    def _list_blocks(self, sizes, device):
+        if (sizes, device) == self.made_for:
+            return
+        blocks = (torch.tensor(sizes) + self.width - 1) // self.width
+        owner = torch.repeat_interleave(torch.arange(len(sizes)), blocks)
+        start = torch.arange(len(owner)) - (blocks.cumsum(0) - blocks)[owner]
+        self.blocks = (_to_device(owner, torch.int32, device),
+                       _to_device(start, torch.int64, device),
+                       _to_device(sizes, torch.int64, device), len(sizes))
+        self.grid, self.made_for = (max(1, len(owner)),), (sizes, device)
+        n = len(self.names) * len(sizes)                # rows begin at 16 bytes
+        buffer = torch.empty(_TABLES, n + n % 2, dtype=torch.int64, device=device)
+        self.tables, self.free = {}, list(buffer[:, :n].unbind())
+
+    def _point(self, addresses):
+        known = self.tables.pop(addresses, None)
+        if known is None:
+            host = _pinned(addresses, torch.int64, self.like.device)
+            if not self.free:                           # take the row used longest ago
+                self.free.append(self.tables.pop(next(iter(self.tables)))[0])
+            row = self.free.pop().copy_(host, non_blocking=True)
+            known = row, math.gcd(16, *addresses)
+        self.addresses, self.align = self.tables[addresses] = known    # now the newest
 
     def __call__(self, numbers):
         """Run it with a sequence of numbers, as many as the program names."""
-        kernel, in_double = _load(*self.source, len(numbers))
+        kernel, in_double = _load(self.program, self.kinds, self.align, len(numbers))
         numbers = [float(x) for x in numbers]
         if in_double:
-            numbers = [torch.tensor(numbers, dtype=torch.float64).to(self.like.device)]
+            numbers = [_to_device(numbers, torch.float64, self.like.device)]
         with torch.cuda.device_of(self.like):
-            kernel[self.grid](self.addresses, *self.tables, *numbers, WIDTH=self.width,
+            kernel[self.grid](self.addresses, *self.blocks, *numbers, WIDTH=self.width,
                               enable_fp_fusion=True)
         self.held = None
 
@@ -336,7 +358,7 @@ class _Last:
         self.all = list(map(id, opt.state.values()))
 
     def run(self, opt, params, active, names):
-        """Run, and return True, if all lies where it did; else do nothing."""
+        """Run, and return True, if no more than places have changed; else do nothing."""
         steps = {state.get("step") for state in self.states}
         step = steps.pop()
         if steps or type(step) is not int or list(map(id, opt.state.values())) != self.all:
@@ -344,7 +366,7 @@ class _Last:
         program, numbers = _read(active, names, step + 1)
         columns = [params, [p.grad for p in params],
                    *([state.get(name) for state in self.states] for name in names)]
-        if program != self.launch.program or not self.launch.knows(columns):
+        if program != self.launch.program or not self.launch.follow(columns):
             return False
         self.launch(numbers)
         _count(self.states, step + 1)

@@ -99,7 +99,7 @@ def test_views_of_one_place_are_not_copied():
     opt.step(), opt.step()
     launches = [x for x in opt._launches.values() if isinstance(x, kernel.Launch)]
     assert len(launches) == 1
-    assert launches[0].knows([[p], [p.grad], [opt.state[p]["momentum_buffer"]]])
+    assert launches[0].follow([[p], [p.grad], [opt.state[p]["momentum_buffer"]]])
 
 
 def test_parameter_with_gaps():
@@ -142,6 +142,48 @@ def test_new_gradients_each_step():
             opt.step()
             opt.zero_grad()
         return torch.cat([p.detach() for p in mine])
+
+    torch.testing.assert_close(path("kernel"), path("loop"), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("guards", [True, False], ids=["torch's guards", "our own"])
+def test_moved_gradients_cost_a_table_and_known_ones_nothing(guards, monkeypatch):
+    """Placed once, although gradients move at every step; as many tables as there are new sets of places."""
+    if not guards:
+        monkeypatch.setattr(kernel, "_Guards", None)
+    placed, sent, place, pinned = [], [], kernel.Launch.place, kernel._pinned
+    monkeypatch.setattr(kernel.Launch, "place", lambda self, *a: placed.append(1) or place(self, *a))
+    monkeypatch.setattr(kernel, "_pinned", lambda *a: sent.append(1) or pinned(*a))
+
+    def path(engine, visits):
+        draw, mine = torch.Generator().manual_seed(1), on_device(n=3)
+        sets = [[torch.randn(p.shape, generator=draw, dtype=p.dtype).to(DEVICE) for p in mine] for _ in range(12)]
+        opt = AdamW(mine, lr=0.1, engine=engine)
+        for i in visits:
+            for p, g in zip(mine, sets[i]):
+                p.grad = g
+            opt.step()
+        return torch.cat([p.detach() for p in mine])
+
+    few = [0, 1, 2, 0, 1, 2, 2, 1, 0, 0]                 # three sets of places
+    many = [*range(12), *range(12), 11, 4, 4, 11, 5]     # more than are kept: rows are written anew; 4 to 11 are known at the end
+    for visits, tables in ((few, 3), (many, 24)):
+        placed.clear(), sent.clear()
+        torch.testing.assert_close(path("kernel", visits), path("loop", visits), rtol=0, atol=1e-12)
+        assert (len(placed), len(sent)) == (1, tables)
+
+
+def test_other_gradients_in_between_are_noticed():
+    """What is followed is found again after a step whose gradients could not be: missing, or of another layout."""
+    def path(engine):
+        draw = torch.Generator().manual_seed(2)
+        w, g, h = (torch.randn(4, 6, generator=draw, dtype=torch.float64).to(DEVICE) for _ in range(3))
+        mine = [torch.nn.Parameter(w), torch.nn.Parameter(w + 1)]
+        opt = AdamW(mine, lr=0.1, engine=engine)
+        for grads in ((g, h), (h, g), (g, None), (g, h), (g.t().contiguous().t(), h), (h, g), (g, h), (None, h), (h, h + 0)):
+            mine[0].grad, mine[1].grad = grads
+            opt.step()
+        return torch.cat([p.detach().flatten() for p in mine])
 
     torch.testing.assert_close(path("kernel"), path("loop"), rtol=0, atol=1e-12)
 
