@@ -254,7 +254,7 @@ def _earlier(targets, window):
     Returns positions in the order of (word, time), and for each target the place there
     of the first of its matches, and their number: three times [n].
     """
-    words, n = targets.unique(return_inverse=True)[1], len(targets)
+    words, n = torch.searchsorted(targets.sort()[0], targets), len(targets)
     times = torch.arange(n, device=targets.device)
     keys = words * n + times                                # by word, then by time
     order = keys.argsort()
@@ -262,11 +262,10 @@ def _earlier(targets, window):
     return order, first, torch.searchsorted(keys[order], keys) - first
 
 
-def _sum_matches(scores, columns, counts):
-    """Return log sum exp of each row's matches [b]; -inf where there are none."""
-    rows = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+def _sum_matches(scores, rows, columns):
+    """Return log sum exp over each row's matches [b]; -inf where there are none."""
     values = scores[rows, columns]                          # [pairs]
-    top = scores.new_full((len(counts),), -torch.inf)
+    top = scores.new_full((len(scores),), -torch.inf)
     top.scatter_reduce_(0, rows, values, "amax")
     sums = torch.zeros_like(top).index_add_(0, rows, (values - top[rows]).exp())
     return top + sums.log()
@@ -294,15 +293,28 @@ def _check_history(raw, targets):
                          "with one target at least")
     if targets.dtype != torch.int64:
         raise TypeError(f"targets are {targets.dtype}: int64 is needed, targets.long()")
-    suspects = (~raw.sum(1).isfinite()).nonzero()[:, 0]     # no copy of raw
+    sums = raw.sum(1).isfinite()                            # no copy of raw
+    if sums.all():
+        return
+    suspects = (~sums).nonzero()[:, 0]
     bad = suspects[~raw[suspects].isfinite().all(1)]
     if len(bad):
         raise ValueError(f"raw[{bad[0].item()}] holds NaN or infinity, in {len(bad)} "
                          f"of {len(raw)} positions: look at the model's weights")
 
+# %% ../nbs/15-cache-pointer.ipynb #block-size
+_SCORES = 2**24         # in a GPU's block: 67 MB in float32
+
+
+def _block_size(window, device):
+    """Return how many queries a block has: 256, or on a GPU what _SCORES allows."""
+    if torch.device(device).type != "cuda":
+        return 256
+    return max(1, (math.isqrt(window**2 + 4 * _SCORES) - window) // 2)
+
 # %% ../nbs/15-cache-pointer.ipynb #cache-log-probs
 @torch.no_grad()
-def cache_log_probs(raw, targets, *, theta, window, block=256):
+def cache_log_probs(raw, targets, *, theta, window, block=None):
     """Return the log-probability that the continuous cache gives to each target.
 
     Parameters
@@ -316,10 +328,11 @@ def cache_log_probs(raw, targets, *, theta, window, block=256):
         What likeness counts, 0 or more.
     window : int
         How many positions back the cache looks; may be larger than n.
-    block : int
+    block : int, optional
         Queries of one matrix product. It changes speed and memory, not the result. Two
         matrices [block, window + block] are held, and, at worst, where all words are
-        the same, eight times as much for the matches.
+        the same, eight times as much for the matches. If not given, 256 on a CPU, and
+        on a GPU as many as make 2**24 scores, or 67 MB in float32.
 
     Returns
     -------
@@ -341,19 +354,22 @@ def cache_log_probs(raw, targets, *, theta, window, block=256):
     """
     _between("theta", theta, 0, math.inf)
     _whole("window", window)
-    _whole("block", block)
+    if block is not None:
+        _whole("block", block)
     _check_history(raw, targets)
+    block = block or _block_size(min(window, len(raw)), raw.device)
     order, first, counts = _earlier(targets, window)
+    pairs = torch.stack([part.sum() for part in counts.split(block)]).tolist()
     result = raw.new_empty(len(raw), dtype=_wide(raw.dtype))
     with _true_products(raw.device):
-        for begin in range(0, len(raw), block):
+        for begin, found in zip(range(0, len(raw), block), pairs):
             many = counts[begin:begin + block]              # matches of each query
+            rows = torch.repeat_interleave(many, output_size=found)        # [pairs]
             skip = first[begin:begin + block] - (many.cumsum(0) - many)
-            places = skip.repeat_interleave(many)
-            places += torch.arange(len(places), device=places.device)
+            places = skip[rows] + torch.arange(found, device=raw.device)
             columns = order[places] - max(0, begin - window)
             scores = _scores(raw, begin, begin + len(many), theta, window)
-            matches = _sum_matches(scores, columns, many)
+            matches = _sum_matches(scores, rows, columns)
             result[begin:begin + block] = matches - scores.logsumexp(1)
     result[0] = -torch.inf
     if result.isnan().any():
@@ -392,7 +408,7 @@ def mix_cache(log_probs, cache, *, lam):
     return mixed
 
 
-def add_cache(evaluation, *, theta, lam, window, block=256):
+def add_cache(evaluation, *, theta, lam, window, block=None):
     """Return each target's log-probability with the cache [n], as `mix_cache` does.
 
     Parameters
@@ -402,7 +418,7 @@ def add_cache(evaluation, *, theta, lam, window, block=256):
     theta, lam, window : float, float, int
         As in :func:`cache_log_probs` and :func:`mix_cache`; the article's are in
         ``CACHE_2018``.
-    block : int
+    block : int, optional
         As in :func:`cache_log_probs`.
     """
     _between("lam", lam, 0, 1)
@@ -432,7 +448,7 @@ class Sweep(NamedTuple):
     perplexity: float
 
 
-def sweep(evaluation, *, thetas, lams, window, block=256):
+def sweep(evaluation, *, thetas, lams, window, block=None):
     """Try pairs of theta and lambda on one text: the validation text, never the test.
 
     Parameters
@@ -441,7 +457,8 @@ def sweep(evaluation, *, thetas, lams, window, block=256):
         Of the text to choose on, from :func:`evaluate_tokens`.
     thetas, lams : sequence of float
         The grid; the cost grows with the number of thetas alone.
-    window, block : int
+    window : int
+    block : int, optional
         As in :func:`cache_log_probs`.
 
     Returns

@@ -235,6 +235,8 @@ def test_wrong_whole_numbers(value):
     for call, name in ((lambda: evaluate_tokens(Small(), draw(5), chunk=value), "chunk"),
                        (lambda: cache_log_probs(raw, targets, theta=1.0, window=value), "window"),
                        (lambda: cache_log_probs(raw, targets, theta=1.0, window=3, block=value), "block")):
+        if name == "block" and value is None:
+            continue                                           # the device chooses
         with pytest.raises(ValueError, match=f"{name} is {value!r}.*whole number"):
             call()
 
@@ -408,6 +410,31 @@ def test_memory_stays_within_the_block():
     with Largest() as largest:
         cache_log_probs(raw, targets, theta=1.0, window=100, block=50)
     assert largest.numbers <= max(50 * 150, 3000 * 2)
+
+
+@pytest.mark.parametrize("values", [[-2**62, 2**62, -2**62, 5, 2**62, 5], [3, 3, 3], [7, 1, 7, 1]])
+def test_words_may_be_any_numbers(values):
+    """Also numbers whose products with a text's length are beyond int64."""
+    raw, _ = history(len(values))
+    targets = torch.tensor(values)
+    found = cache_log_probs(raw, targets, theta=1.0, window=4)
+    torch.testing.assert_close(found, in_plain_python(raw, targets, 1.0, 4), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [1, 500, 3785, 10**6])
+def test_a_gpus_block_is_as_large_as_its_scores_allow(window, monkeypatch):
+    """And the text gives what it gives by the CPU's blocks."""
+    import nbutils.cache_pointer as module
+
+    block = module._block_size(window, "cuda")
+    assert block * (window + block) <= 2**24 < (block + 1) * (window + block + 1)
+    assert module._block_size(window, "cpu") == 256
+    raw, targets = history(700)
+    expected, choose, chosen = cache_log_probs(raw, targets, theta=1.0, window=window), module._block_size, []
+    monkeypatch.setattr(module, "_SCORES", 20_000)
+    monkeypatch.setattr(module, "_block_size", lambda w, device: chosen.append(choose(w, "cuda")) or chosen[-1])
+    torch.testing.assert_close(cache_log_probs(raw, targets, theta=1.0, window=window), expected, rtol=0, atol=1e-12)
+    assert chosen and 20 < chosen[0] < 256                    # a window longer than the text counts as the text
 
 
 def test_gradients_are_not_kept():
