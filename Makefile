@@ -18,7 +18,7 @@ SITE_ADDRESS ?= file://$(CURDIR)/$(SITE)
 
 unexport IN_TEST           # under it, nbdev exports nothing and says nothing
 
-.PHONY: help install test export run-notebooks check-notebooks records tables verify book linkcheck probe dist launch release pdf bench bench-loops bench-steps bench-qrnn bench-cache cases bench-decode bench-epochs samples counterexamples survey clean
+.PHONY: help install test test-slow export run-notebooks check-notebooks records tables verify book linkcheck probe dist launch release pdf bench bench-loops bench-steps bench-qrnn bench-cache cases bench-decode bench-epochs samples counterexamples survey clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -38,6 +38,9 @@ install: $(READY)  ## make .venv, with everything that is needed
 
 test: $(READY)  ## re-run all notebooks, compare their outputs, run the tests
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+test-slow: $(READY)  ## try the tasks on a GPU that is not there, compile every Triton kernel
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests/slow $(ARGS)
 
 export: $(READY)  ## write nbutils/ from the notebooks
 	$(BIN)/nbdev-export
