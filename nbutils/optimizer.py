@@ -62,7 +62,10 @@ def l2(p, g, state, *, l2=0.0):
 
 @stepper(skip_at_zero="weight_decay")
 def weight_decay(p, g, state, *, lr, weight_decay=0.0):
-    """Weight decay: multiply p by `1 - lr * weight_decay` (Hanson & Pratt, 1988)."""
+    """Weight decay: multiply p by `1 - lr * weight_decay`, scaled by lr as in torch.
+
+    Hanson & Pratt (1988) multiply by `1 - weight_decay`, whatever the learning rate.
+    """
     p.mul_(1 - lr * weight_decay)
     return g
 
