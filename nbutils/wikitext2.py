@@ -364,7 +364,7 @@ def _rows():
     for row, settings in ROWS.items():
         full = Wikitext2Config(size="full", row=row, **settings)
         yield full
-        decay = full.weight_decay  # a timescale keeps to the same part of a run
+        decay = full.weight_decay  # the same share of a run, so not the same epochs
         colab, laptop = (decay * 90 / n if row.endswith("timescale") else decay
                          for n in (15, _LAPTOP["epochs"]))
         yield replace(full, size="colab", epochs=15, weight_decay=colab)
