@@ -8,6 +8,7 @@ __all__ = ['VERDICTS', 'LEAST', 'CLAIMS', 'Finding', 'agreement', 'difference', 
 
 # %% ../nbs/17-verdicts.ipynb #imports
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -189,13 +190,15 @@ def share(successes, claimed, *, or_more=True):
     return Finding(text, n, "held" if kept else "failed")
 
 # %% ../nbs/17-verdicts.ipynb #absence
-def absence(gaps, *, scale=100.0, digits=2):
+def absence(gaps, *, unit="%", scale=100.0, digits=2):
     """Judge the claim that no difference is negative: that the change never helps.
 
     Parameters
     ----------
     gaps : dict of str to Interval or None
         Paired differences, with and without; each of another row or metric.
+    unit : str
+        Of the differences; by default they are shares of a metric, shown in per cent.
     scale, digits
         As in :func:`difference`.
 
@@ -211,7 +214,8 @@ def absence(gaps, *, scale=100.0, digits=2):
     wide = {name: gap.half * _wider(gap.n, len(known)) for name, gap in known.items()}
     helped = [name for name, gap in known.items() if gap.mean + wide[name] < 0]
     name = min(helped or known, key=lambda name: known[name].mean)
-    text = f"{len(known)} comparisons, the lowest {_scaled(known[name], scale, digits)} ({name})"
+    lowest = f"{_scaled(known[name], scale, digits)} {unit}".strip()
+    text = f"{len(known)} comparison{'s' * (len(known) > 1)}, the lowest {lowest} ({name})"
     return Finding(text, known[name].n, "failed" if helped else "held")
 
 
@@ -247,7 +251,8 @@ def _momentum_differs(lr=0.1, decay=0.03, mu=0.9, steps=50):
     step = torch.tensor([[1 - lr * decay, -lr * mu], [decay, mu]], dtype=torch.float64)
     closed = torch.linalg.matrix_power(step, steps)[0, 0]     # weight, buffer
     right = abs(closed - l2) < 1e-12 and abs(wd - (1 - lr * decay) ** steps) < 1e-12
-    text = f"after {steps} steps {l2:.3f} of a weight is left by L2, {wd:.3f} by decay"
+    text = (f"after {steps} steps at lr {lr:g}, coefficient {decay:g}, momentum {mu:g}, "
+            f"{l2:.3f} of a weight is left by L2, {wd:.3f} by decay")
     return Finding(text, 0, "held" if right and abs(l2 - wd) > 0.01 else "failed")
 
 
@@ -270,7 +275,8 @@ def _amsgrad_proof(steps=50_000):
                 ("Adam", "adam", {}), ("amsgrad", "torch", {}),
                 ("Adam with beta2 .9999", "adam", {"betas": (0.9, 0.9999)}))}
     held = ends["Adam"] > 0.9 and ends["amsgrad"] < -0.9
-    text = "; ".join(f"{name} ends at {x:+.2f}" for name, x in ends.items())
+    places = "; ".join(f"{name} is at {x:+.2f}" for name, x in ends.items())
+    text = f"after {steps:,} steps {places}"
     return Finding(text, 0, "held" if held else "failed")
 
 
@@ -390,6 +396,26 @@ def _relative(task, row, other, metric, size):
         return None
     mean = mean_interval(base).mean
     return type(gap)(gap.mean / mean, gap.half / mean, gap.n)
+
+
+def _log_change(task, pairs, metric, size):
+    """The mean change of a metric over the common seeds of pairs of rows, in per cent.
+
+    Differences of logarithms, so that rows of different levels count alike.
+    """
+    logs = {(r.row, r.seed): math.log(r.metrics[metric]) for r in _records(task, size)}
+    gaps = [logs[row, seed] - logs[other, seed] for row, other in pairs
+            for r, seed in logs if r == row and (other, seed) in logs]
+    if not gaps:
+        return None
+    found = mean_interval(gaps)
+    low, mean, high = (100 * math.expm1(found.mean + s * found.half) for s in (-1, 0, 1))
+    return type(found)(mean, (high - low) / 2, found.n)
+
+
+def _amsgrad_in_language_models(metric="test_cache", size="laptop"):
+    rows = ("lstm-adam", "lstm-adamw", "qrnn-adam", "qrnn-adamw")
+    return _log_change("wikitext2", [(f"{row}-amsgrad", row) for row in rows], metric, size)
 
 
 def _amsgrad_loss():

@@ -251,3 +251,39 @@ def test_table_and_tally(made):
     unseen = next(row for row in table.rows if row[0].text.startswith("90 % on Stanford Cars"))
     assert (unseen[2].text, unseen[2].link, unseen[4].text) == ("–", "", "not run")     # no link on a dash
     assert isinstance(lines[0][0], Claim)
+
+
+# --- what the lines say ------------------------------------------------------------------------
+def test_never_says_in_what_its_difference_is():
+    """A difference without a unit was read as points where it was per cent of the error."""
+    gaps = {"cropped cars": Interval(-0.0234, 0.0064, 3)}
+    assert absence(gaps).figure == "1 comparison, the lowest -2.34 ± 0.64 % (cropped cars)"
+    assert absence(gaps, unit="points").figure.endswith("0.64 points (cropped cars)")
+
+
+def test_computed_lines_state_their_settings():
+    found = {claim.name: claim.judge().figure for claim in CLAIMS if not claim.size}
+    assert "after 50 steps at lr 0.1, coefficient 0.03, momentum 0.9" in found["momentum-differs"]
+    assert found["amsgrad-proof"].startswith("after 50,000 steps ")
+
+
+def test_a_change_in_per_cent_counts_rows_of_different_levels_alike(monkeypatch):
+    """exp(mean of the logarithms' differences) - 1, over the seeds that both rows of a pair have."""
+    class Run:
+        def __init__(self, row, seed, value):
+            self.row, self.seed, self.metrics = row, seed, {"test": value}
+
+    runs = [Run("a", s, v) for s, v in enumerate((100.0, 110.0, 90.0))]
+    runs += [Run("a-amsgrad", s, v * 1.03) for s, v in enumerate((100.0, 110.0))]
+    runs += [Run("b", 0, 20.0), Run("b-amsgrad", 0, 20.0 * 1.03)]
+    monkeypatch.setattr(verdicts, "_records", lambda task, size: runs)
+    pairs = [("a-amsgrad", "a"), ("b-amsgrad", "b")]
+    found = verdicts._log_change("wikitext2", pairs, "test", "laptop")
+    assert found.n == 3 and found.mean == pytest.approx(3.0) and found.half == pytest.approx(0, abs=1e-9)
+    runs[-1].metrics["test"] = 20.0 * 1.03**4
+    found = verdicts._log_change("wikitext2", pairs, "test", "laptop")
+    logs = [math.log(1.03)] * 2 + [4 * math.log(1.03)]
+    assert found.mean == pytest.approx(100 * math.expm1(math.fsum(logs) / 3))
+    low, high = (100 * math.expm1(mean_interval(logs).mean + s * mean_interval(logs).half) for s in (-1, 1))
+    assert found.half == pytest.approx((high - low) / 2)
+    assert verdicts._log_change("wikitext2", [("c-amsgrad", "c")], "test", "laptop") is None
