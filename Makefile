@@ -62,6 +62,7 @@ tables: $(READY)  ## bring the tables of README, introduction and parts up to th
 
 verify: $(READY)  ## check every record, and every table cell against the records
 	$(BIN)/python tools/verify_records.py $(ARGS)
+	$(BIN)/python tools/readme_tables.py --check
 
 book: export verify records  ## build the book; warnings are errors
 	$(BIN)/jupyter-book build . --all -W -n --keep-going

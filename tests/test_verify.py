@@ -208,3 +208,5 @@ def test_the_makefile_asks_before_it_builds():
     recipe = re.search(r"^book:.*\n((?:\t.*\n)+)", text, re.M)
     assert re.match(r"book: .*\bverify\b", recipe[0]), "make book builds pages whose tables were not verified"
     assert "verify_records.py --site" in recipe[1]
+    verify = re.search(r"^verify:.*\n((?:\t.*\n)+)", text, re.M)[1]
+    assert "verify_records.py" in verify and "readme_tables.py --check" in verify, "a figure of the introduction may be changed by hand"

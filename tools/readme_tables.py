@@ -6,6 +6,7 @@ A block between a mark and its end is replaced by what the records give now:
     <!-- table:TASK:SIZE -->          ... <!-- /table -->     all rows of a task at a size
     <!-- table:TASK:SIZE:PREFIX -->   ... <!-- /table -->     the rows whose names begin with PREFIX
     <!-- cells -->                    ... <!-- /cells -->     CIFAR-10's four cells beside the article's
+    <!-- differences -->              ... <!-- /differences -->  what rows differ by, in pairs of one seed
     <!-- verdicts -->                 ... <!-- /verdicts -->  how many claims held, and those that did not
     <!-- verdicts:tally -->           ... <!-- /verdicts -->  how many claims held, in a sentence
     <!-- verdicts:NAME,NAME -->       ... <!-- /verdicts -->  some lines of the ledger
@@ -23,13 +24,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tools")]
 
 import speed_page  # noqa: E402
+from nbutils import verdicts as judging  # noqa: E402
 from nbutils.experiment import get_task  # noqa: E402
 from nbutils.records import Cell, Table, mean_interval  # noqa: E402
 from nbutils.verdicts import CLAIMS, VERDICTS, ledger, tally  # noqa: E402
 
 RECORDS = ROOT / "book" / "records"
-MARK = re.compile(r"<!-- (/?)(table|cells|verdicts|loops)\b(.*?) -->")
-BLOCK = re.compile(r"(<!-- (table|cells|verdicts|loops)((?::[\w,.-]+)*) -->\n).*?(<!-- /\2 -->)", re.S)
+MARK = re.compile(r"<!-- (/?)(table|cells|differences|verdicts|loops)\b(.*?) -->")
+BLOCK = re.compile(r"(<!-- (table|cells|differences|verdicts|loops)((?::[\w,.-]+)*) -->\n).*?(<!-- /\2 -->)", re.S)
 
 
 def pages():
@@ -64,6 +66,31 @@ def cells():
     return Table(["test error, %", "ours", "article", "with amsgrad, ours", "article"], rows).to_markdown()
 
 
+CIFAR10 = (  # what differs, and the two rows
+    ("AdamW minus Adam with L2", "adamw-30", "adam-l2-30"),
+    ("Adam with L2 minus no decay at all", "adam-l2-30", "wd0-30"),
+    ("SGD minus AdamW", "sgd-30", "adamw-30"),
+    ("amsgrad's cost under AdamW", "adamw-30-amsgrad", "adamw-30"),
+    ("amsgrad's cost under Adam with L2", "adam-l2-30-amsgrad", "adam-l2-30"),
+)
+
+
+def differences():
+    """The differences that the summaries speak of: mean and 95 % interval over pairs of one seed."""
+    published, rows = get_task("cifar10").published, []
+    for says, row, other in CIFAR10:
+        gap = judging._gap("cifar10", row, other, "error")
+        ours = f"{100 * gap.mean:+.2f} ± {100 * gap.half:.2f}" if gap else "not run"
+        both = [float(published[name]["error"]) for name in (row, other) if name in published]
+        article = f"{both[0] - both[1]:+.2f}" if len(both) == 2 else "–"
+        rows.append([f"{says}, points of error on CIFAR-10", "full", ours, article, str(gap.n if gap else 0)])
+    cost = judging._amsgrad_in_language_models()
+    ours = f"{cost.mean:+.1f} ± {cost.half:.1f}" if cost else "not run"
+    says = "amsgrad's cost to language models, % of test perplexity with the cache, WikiText-2"
+    rows.append([says, "laptop", ours, "–", str(cost.n if cost else 0)])
+    return Table(["difference", "size", "ours", "article", "pairs"], rows).to_markdown()
+
+
 def verdicts(lines, names=""):
     """Some lines of the ledger; without names the tally, and the lines that did not hold."""
     if names and names != "tally":
@@ -75,7 +102,7 @@ def verdicts(lines, names=""):
     count = tally(lines)
     said = ", ".join(f"**{count[v]}** {'are *not run* yet' if v == 'not run' else v}" for v in VERDICTS if count[v])
     worse = [line for line in lines if line[1].verdict in ("weaker", "failed")]
-    text = f"Of {len(lines)} claims of the article, each judged by a rule, {said}."
+    text = f"The ledger has {len(lines)} lines, each a claim of the article or a reading of one: {said}."
     return f"{text} Those that did not hold:\n\n{claims(worse)}" if worse and not names else text
 
 
@@ -117,7 +144,7 @@ def updated(text):
         given = given.split(":")[1:]
         if kind == "verdicts" and not judged:
             judged.extend(ledger())
-        made = {"table": table, "cells": cells, "loops": loops,
+        made = {"table": table, "cells": cells, "differences": differences, "loops": loops,
                 "verdicts": lambda *names: verdicts(judged, *names)}[kind](*given)
         return f"{opening}{made}\n{closing}"
 
