@@ -23,14 +23,14 @@ def run_cells(name):
         exec(compile(cell.source, f"<{cell.id}>", "exec"), space)
 
 
-@pytest.mark.parametrize("name", ["14-qrnn", "a6-kernel"])
+@pytest.mark.parametrize("name", ["13-awd-lstm", "14-qrnn", "a6-kernel"])
 def test_a_chapter_goes_on(name):
     with Child(run_cells, name, env={"NBUTILS_NO_BAR": "1", "TRITON_INTERPRET": None}) as child:
         assert child.wait() == 0, child.err
         assert child.out.count(SAYS) == 1
 
 
-@pytest.mark.parametrize("name", ["14-qrnn", "a6-kernel"])
+@pytest.mark.parametrize("name", ["13-awd-lstm", "14-qrnn", "a6-kernel"])
 def test_it_is_not_said_where_triton_is(name):
     for cell in nb.code_cells(nb.read(NBS / f"{name}.ipynb")):
         assert SAYS not in nb.printed(cell), "what is stored was run without Triton: run it where Triton is"

@@ -1,0 +1,121 @@
+"""The token loss: its kernels against float64, its plain form against torch's to the bit, the choice between them; the benchmark."""
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nbutils import awd_lstm
+from nbutils.awd_lstm import LanguageOutput, cross_entropy_kernel, token_loss
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+CASES = re.findall(r"^def (test_\w+)", (HERE / "loss_cases.py").read_text(), re.M)
+ON_GPU_ONLY = {"test_numbers_of_rows_do_not_compile_anew", "test_the_loss_takes_the_kernel_on_a_gpu"}
+
+
+# --- the kernel, in a process of its own ---------------------------------------------------------
+@pytest.fixture(scope="module")
+def outcomes():
+    """Each case's line, from one process: on the GPU, or where Triton's interpreter plays the GPU."""
+    pytest.importorskip("triton", reason="Triton is not installed on this system")
+    environment = os.environ | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-rA", "--noconftest", "-p", "no:cacheprovider", "-c",
+                           os.devnull, "--rootdir", str(HERE), str(HERE / "loss_cases.py")],
+                          env=environment, cwd=HERE, capture_output=True, text=True, timeout=300)
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_case(case, outcomes):
+    if case in ON_GPU_ONLY and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    lines = re.findall(rf"^(PASSED|FAILED|ERROR|SKIPPED).*::{case}(?:\[|\s|$)", outcomes, re.M)
+    assert lines and set(lines) == {"PASSED"}, outcomes[-6000:]
+
+
+# --- the plain form ------------------------------------------------------------------------------
+def output(logits):
+    return LanguageOutput(logits, [], None, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("steps, streams, words", [(1, 1, 1), (1, 1, 5), (7, 3, 33), (20, 5, 1000), (2, 2, 33_279)])
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+def test_on_a_cpu_it_is_torchs_cross_entropy_to_the_bit(dtype, steps, streams, words, scale):
+    """Values and gradients, of which records and stored outputs depend; with impossible words too."""
+    g = torch.Generator().manual_seed(0)
+    logits = (scale * torch.randn(steps, streams, words, generator=g)).to(dtype)
+    if words > 5:
+        logits[..., -3:] = -math.inf
+    targets = torch.randint(max(1, words - 3), (steps, streams), generator=g)
+    found = []
+    for loss in (lambda x: token_loss(output(x), targets), lambda x: F.cross_entropy(x.flatten(0, 1).float(), targets.flatten())):
+        leaf = logits.clone().requires_grad_()
+        value = loss(leaf)
+        found.append((value, torch.autograd.grad(3 * value, leaf)[0]))
+    (ours, gradient), (usual, true) = found
+    assert ours.dtype == torch.float32 and gradient.dtype == dtype
+    assert torch.equal(ours, usual) and torch.equal(gradient, true)
+
+
+def test_dispatch(monkeypatch):
+    """A CPU takes the plain form, under Triton's interpreter too; a GPU the kernel, or the plain form without Triton."""
+    class Logits:
+        def __init__(self, device):
+            self.device, self.is_cuda = torch.device(device), device == "cuda"
+
+        def flatten(self, *dims):
+            return self
+
+    monkeypatch.setattr(awd_lstm, "cross_entropy_kernel", lambda *a: "kernel")
+    monkeypatch.setattr(F, "log_softmax", lambda *a, **k: None)
+    monkeypatch.setattr(F, "nll_loss", lambda *a: "plain")
+    monkeypatch.setattr(awd_lstm, "_TRITON_IS_THERE", True)
+
+    def taken(device):
+        return token_loss(output(Logits(device)), torch.zeros(1))
+
+    assert taken("cpu") == "plain" and taken("cuda") == "kernel"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert taken("cpu") == "plain"
+    monkeypatch.setattr(awd_lstm, "_TRITON_IS_THERE", False)
+    assert taken("cuda") == "plain"
+
+
+def test_why_there_is_no_kernel(monkeypatch):
+    logits, targets = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(awd_lstm, "_TRITON_IS_THERE", True)
+    with pytest.raises(ValueError, match="run on CUDA GPUs, and the logits are on cpu; use F.cross_entropy"):
+        cross_entropy_kernel(logits, targets)
+    monkeypatch.setattr(awd_lstm, "_TRITON_IS_THERE", False)
+    with pytest.raises(ValueError, match="Triton, which compiles the kernel, is not installed; use F.cross_entropy"):
+        cross_entropy_kernel(logits, targets)
+
+
+def test_triton_is_not_imported_with_the_module():
+    program = "import sys, nbutils.awd_lstm; print('triton' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("logits, targets, message", [
+    (torch.zeros(2, 3, 4), torch.zeros(2, dtype=torch.int64), r"logits are torch.float32 of shape \(2, 3, 4\): give floating-point.*\[n, columns\]"),
+    (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), "logits are torch.int64"),
+    (torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64), r"targets are torch.int64 of shape \(3,\) on cpu: give torch.int64 of shape \(2,\) on cpu"),
+    (torch.zeros(2, 3), torch.zeros(2, dtype=torch.int32), "targets are torch.int32 .*: give torch.int64"),
+    (torch.zeros(2, 3), torch.zeros(2, 3), r"targets are torch.float32 of shape \(2, 3\)"),
+    (torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64, device="meta"), "on meta: give .* on cpu, as the logits have"),
+], ids=["logits of three dimensions", "whole numbers", "number of targets", "int32 targets", "shares", "devices"])
+def test_bad_arguments(logits, targets, message, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ValueError, match=message):
+        cross_entropy_kernel(logits, targets)
