@@ -65,7 +65,8 @@ _NAMES = {
     "wide_resnet": "Block GAMMAS wide_resnet_22 WideResNet",
     "awd_lstm": (
         "Carried cross_entropy_kernel detached EmbeddingDropout LanguageModel "
-        "LanguageOutput LockedDropout RegularizedLoss token_loss WeightDropLSTM"
+        "LanguageOutput LockedDropout pad_to RegularizedLoss token_loss "
+        "WeightDropLSTM"
     ),
     "qrnn": "pool_kernel pool_loop pool_scan QRNN qrnn_layers recurrent_pool",
     "cache_pointer": (
@@ -154,7 +155,8 @@ if TYPE_CHECKING:
     from nbutils.wide_resnet import Block, GAMMAS, WideResNet, wide_resnet_22
     from nbutils.awd_lstm import (
         Carried, EmbeddingDropout, LanguageModel, LanguageOutput, LockedDropout,
-        RegularizedLoss, WeightDropLSTM, cross_entropy_kernel, detached, token_loss,
+        RegularizedLoss, WeightDropLSTM, cross_entropy_kernel, detached, pad_to,
+        token_loss,
     )
     from nbutils.qrnn import (
         QRNN, pool_kernel, pool_loop, pool_scan, qrnn_layers, recurrent_pool,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LockedDropout', 'EmbeddingDropout', 'WeightDropLSTM', 'LanguageOutput', 'LanguageModel', 'awd_lstm', 'Carried',
-           'detached', 'cross_entropy_kernel', 'token_loss', 'RegularizedLoss']
+           'detached', 'cross_entropy_kernel', 'token_loss', 'pad_to', 'RegularizedLoss']
 
 # %% ../nbs/13-awd-lstm.ipynb #imports
 import functools
@@ -82,7 +82,14 @@ class WeightDropLSTM(nn.Module):
     weight_drop : float
         The share of the recurrent matrix that is dropped in training. Merity, Keskar
         and Socher (2018), section 2.
+
+    Attributes
+    ----------
+    pad : int
+        Set by :func:`pad_to`; 1 when made.
     """
+
+    pad = 1
 
     def __init__(self, input_size, hidden_size, weight_drop=0.0):
         super().__init__()
@@ -102,13 +109,23 @@ class WeightDropLSTM(nn.Module):
 
     def weights(self, dtype=None):
         """Return the four weights of a call: views of one buffer, in cuDNN's order, the
-        recurrent matrix dropped; in ``dtype`` if one is given.
+        recurrent matrix dropped; in ``dtype`` if one is given. Where ``pad`` asks for
+        it, zeros add units and inputs.
         """
         dropped = F.dropout(self.weight_hh, self.weight_drop, self.training)
         used = (self.weight_ih, dropped, self.bias_ih, self.bias_hh)
-        buffer = torch.cat([w.reshape(-1).to(dtype or w.dtype) for w in used])
+        used = [w.to(dtype or w.dtype) for w in used]
+        if self.pad > 1:
+            units, inputs = self._padding()
+            edges = (0, inputs, 0, units), (0, units, 0, units), (0, units), (0, units)
+            gates = [w.unflatten(0, (4, -1)) for w in used]  # [4, hidden_size, ...]
+            used = [F.pad(w, edge).flatten(0, 1) for w, edge in zip(gates, edges)]
+        buffer = torch.cat([w.reshape(-1) for w in used])
         parts = buffer.split([w.numel() for w in used])
         return [part.view_as(w) for part, w in zip(parts, used)]
+
+    def _padding(self):
+        return -self.hidden_size % self.pad, -self.input_size % self.pad
 
     def forward(self, x, state=None):
         """Read a sequence.
@@ -140,9 +157,13 @@ class WeightDropLSTM(nn.Module):
         if state is None:
             state = 2 * (x.new_zeros(shape),)
         hx = tuple(s.to(x.dtype).unsqueeze(0).contiguous() for s in state)
+        if self.pad > 1:
+            units, inputs = self._padding()
+            x, hx = F.pad(x, (0, inputs)), tuple(F.pad(s, (0, units)) for s in hx)
         with torch.autocast(kind, enabled=False):  # NB: torch would take fp16 for bf16
             out, h, c = torch.lstm(x, hx, self.weights(dtype), True, 1, 0.0,
                                    self.training, False, False)
+        out, h, c = (t[..., :self.hidden_size] for t in (out, h, c))
         return out, (h[0], c[0])
 
 # %% ../nbs/13-awd-lstm.ipynb #output
@@ -169,11 +190,18 @@ class LanguageModel(nn.Module):
     embedding_dropout, input_dropout, hidden_dropout, output_dropout : float
         Of words; of word vectors' features; between layers; before the decoder.
 
+    Attributes
+    ----------
+    pad : int
+        Set by :func:`pad_to`; 1 when made.
+
     Raises
     ------
     ValueError
         If the layers' sizes do not fit one another.
     """
+
+    pad = 1
 
     def __init__(self, vocabulary, embedding, layers, *, embedding_dropout=0.0,
                  input_dropout=0.0, hidden_dropout=0.0, output_dropout=0.0):
@@ -199,16 +227,19 @@ class LanguageModel(nn.Module):
     def forward(self, tokens, state=None):
         """Read tokens [steps, streams], int64, and return a :class:`LanguageOutput`.
 
-        ``state`` is that of an earlier LanguageOutput; None begins with zeros.
+        ``state`` is that of an earlier LanguageOutput; None begins with zeros. Words
+        that ``pad`` adds have logits of -inf.
         """
         x, new = self.input_dropout(self.look_up(tokens)), []
         for i, layer in enumerate(self.layers):
             x = self.hidden_dropout(x) if i else x
             x, after = layer(x, None if state is None else state[i])
             new.append(after)
-        dropped = self.output_dropout(x)
-        logits = F.linear(dropped, self.embedding.weight, self.bias)
-        return LanguageOutput(logits, new, x, dropped)
+        dropped, weight, bias = self.output_dropout(x), self.embedding.weight, self.bias
+        if words := -len(bias) % self.pad:
+            weight = F.pad(weight, (0, 0, 0, words))
+            bias = F.pad(bias, (0, words), value=-torch.inf)
+        return LanguageOutput(F.linear(dropped, weight, bias), new, x, dropped)
 
 # %% ../nbs/13-awd-lstm.ipynb #awd-lstm
 def awd_lstm(vocabulary=33_279, embedding=400, hidden=1150, n_layers=3, *,
@@ -437,6 +468,33 @@ def token_loss(output, targets):
     if logits.is_cuda and _no_kernel(logits.device) is None:
         return cross_entropy_kernel(logits, targets)
     return F.nll_loss(F.log_softmax(logits, 1, dtype=torch.float32), targets)
+
+# %% ../nbs/13-awd-lstm.ipynb #pad-to
+def pad_to(model, multiple):
+    """Let a model's matrix products run on sizes rounded up to a multiple.
+
+    It sets ``pad`` of each module that has it: :class:`LanguageModel`,
+    :class:`WeightDropLSTM`, :class:`nbutils.qrnn.QRNN`. Parameters and states keep their
+    shapes, and outputs their numbers up to rounding; a model's logits get more columns,
+    of -inf.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    multiple : int
+        8 begins each row of half-precision numbers at a multiple of 16 bytes; 1 pads
+        nothing.
+
+    Raises
+    ------
+    ValueError
+        For a multiple below 1.
+    """
+    if multiple < 1:
+        raise ValueError(f"multiple is {multiple}: give 8, or 1 for no padding")
+    for module in model.modules():
+        if hasattr(module, "pad"):
+            module.pad = multiple
 
 # %% ../nbs/13-awd-lstm.ipynb #regularized-loss-class
 class RegularizedLoss:

@@ -314,6 +314,11 @@ class QRNN(nn.Module):
         Probability in [0, 1) that a weight of the linear layer is dropped in training,
         at each forward anew, for all steps of the batch.
 
+    Attributes
+    ----------
+    pad : int
+        Set by :func:`nbutils.awd_lstm.pad_to`; 1 when made.
+
     Raises
     ------
     ValueError
@@ -325,6 +330,8 @@ class QRNN(nn.Module):
     [steps, streams, hidden_size] and the next state: c [streams, hidden_size] and the
     last input [streams, input_size]. The caller detaches the state.
     """
+
+    pad = 1
 
     def __init__(self, input_size, hidden_size, *, window=1, output_gate=True,
                  weight_drop=0.0):
@@ -347,8 +354,15 @@ class QRNN(nn.Module):
         if self.window == 2:
             source = torch.cat([x, torch.cat([before[None].to(x.dtype), x[:-1]])], 2)
         weight = F.dropout(self.linear.weight, self.weight_drop, self.training)
-        gates = F.linear(source, weight, self.linear.bias)
-        z, f, *o = gates.split(self.hidden_size, 2)      # each [steps, streams, hidden]
+        bias, size = self.linear.bias, self.hidden_size
+        if self.pad > 1:                                 # zeros: more channels and inputs
+            more, inputs = -size % self.pad, -source.shape[2] % self.pad
+            source = F.pad(source, (0, inputs))
+            weight = F.pad(weight.unflatten(0, (-1, size)), (0, inputs, 0, more))
+            bias = F.pad(bias.unflatten(0, (-1, size)), (0, more)).flatten()
+            weight, size = weight.flatten(0, 1), size + more
+        gates = F.linear(source, weight, bias).split(size, 2)
+        z, f, *o = (gate[..., :self.hidden_size] for gate in gates)
         h, c = recurrent_pool(z.tanh(), f.sigmoid(), o[0].sigmoid() if o else None, c)
         return h, (c, x[-1].clone())                     # a view would keep all of x
 

@@ -16,9 +16,12 @@ from nbutils.awd_lstm import (
     WeightDropLSTM,
     awd_lstm,
     detached,
+    pad_to,
     token_loss,
 )
+from nbutils.cache_pointer import evaluate_tokens
 from nbutils.core import seed_everything
+from nbutils.qrnn import QRNN, qrnn_layers
 
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
 
@@ -252,3 +255,107 @@ def test_penalties_are_means_of_squares(on):
 def test_a_batch_of_one_step_has_no_change_to_penalize():
     out = small()(text(1))
     assert RegularizedLoss(0, 5)(out, text(1)) == token_loss(out, text(1))
+
+
+# --- padded sizes ----------------------------------------------------------------------------------
+def odd_models():
+    """Sizes that are multiples of 8, and that are not, in inputs, outputs and words; the two kinds of layers."""
+    yield "lstm", awd_lstm(23, 10, 13, weight_drop=0.5)
+    yield "lstm, one layer", awd_lstm(23, 9, 1, 1)
+    yield "lstm, inputs alone", LanguageModel(24, 8, [WeightDropLSTM(8, 13), WeightDropLSTM(13, 8)])
+    yield "lstm, words alone", awd_lstm(25, 8, 16)
+    yield "lstm, even", awd_lstm(24, 8, 16)
+    yield "qrnn", LanguageModel(23, 10, qrnn_layers(10, 13, 3, weight_drop=0.4), hidden_dropout=0.2)
+    yield "qrnn, window of 2 throughout", LanguageModel(24, 9, [QRNN(9, 13, window=2), QRNN(13, 9, window=2, output_gate=False)])
+
+
+def outcome(model, multiple, words, state=None):
+    """All that a step gives: loss, gradients, states, raw and dropped outputs, and the logits."""
+    pad_to(model, multiple)
+    seed_everything(5)
+    out = model(words[:-1], state)
+    loss = F.cross_entropy(out.logits.flatten(0, 1), words[1:].flatten()) + out.raw.square().mean()
+    grads = torch.autograd.grad(loss, list(model.parameters()))
+    return [loss, out.raw, out.dropped, *grads, *(s for pair in out.state for s in pair)], out
+
+
+@pytest.mark.parametrize("multiple", [2, 8, 7, 64])
+@pytest.mark.parametrize("name", [name for name, _ in odd_models()])
+def test_padding_is_the_same_function(name, multiple):
+    """With a state that is not zero, from the same seed, so with the same masks; two steps, so that a state is handed on."""
+    seed_everything(0)
+    model = dict(odd_models())[name].double()
+    words, shapes = text(), {k: v.shape for k, v in model.state_dict().items()}
+    _, out = outcome(model, 1, words)
+    state = detached(out.state)
+    plain, out = outcome(model, 1, words, state)
+    padded, wide = outcome(model, multiple, words, state)
+    n = out.logits.shape[2]
+    assert n == len(model.bias) and wide.logits.shape[2] % multiple == 0 <= wide.logits.shape[2] - n < multiple
+    torch.testing.assert_close(wide.logits[..., :n], out.logits, rtol=0, atol=1e-12)
+    assert (wide.logits[..., n:] == -math.inf).all()
+    for ours, theirs in zip(padded, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)                  # and the same shapes
+    assert {k: v.shape for k, v in model.state_dict().items()} == shapes
+
+
+def test_units_that_padding_adds_stay_zero():
+    layer = WeightDropLSTM(6, 5, weight_drop=0.5)
+    pad_to(layer, 8)
+    shapes, weights = [(32, 8), (32, 8), (32,), (32,)], layer.weights()
+    assert [tuple(w.shape) for w in weights] == shapes
+    assert len({w.untyped_storage().data_ptr() for w in weights}) == 1                # one buffer, in cuDNN's order, without gaps
+    assert [w.storage_offset() for w in weights] == [0, 256, 512, 544] and all(w.is_contiguous() for w in weights)
+    x, state = F.pad(torch.randn(30, 3, 6), (0, 2)), 2 * (F.pad(torch.randn(1, 3, 5), (0, 3)),)
+    out, h, c = torch.lstm(x, state, weights, True, 1, 0.0, True, False, False)
+    assert (out[..., 5:] == 0).all() and (c[..., 5:] == 0).all() and (out[..., :5] != 0).all()
+
+
+def test_padding_draws_what_was_drawn():
+    """Initial weights are drawn when the model is made, masks of their own shapes in a call: the generator ends where it did."""
+    ends = []
+    for multiple in (1, 8):
+        model = small(weight_drop=0.5)
+        pad_to(model, multiple)
+        model(text())
+        ends.append(torch.get_rng_state())
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_padding_under_autocast(device):
+    for _, model in odd_models():
+        model, words = model.to(device), text().to(device)
+        found = []
+        for multiple in (1, 8):
+            pad_to(model, multiple)
+            seed_everything(5)
+            with torch.autocast(device, torch.bfloat16):
+                out = model(words[:-1])
+            found.append(token_loss(out, words[1:]))
+            assert out.logits.dtype == torch.bfloat16
+            assert all(g.isfinite().all() for g in torch.autograd.grad(found[-1], list(model.parameters())))
+        torch.testing.assert_close(*found, rtol=0.01, atol=0)
+
+
+def test_a_padded_model_is_evaluated_and_carried():
+    model, words = small().eval(), text(30, 1)
+    found = []
+    for multiple in (1, 8):
+        pad_to(model, multiple)
+        carried = Carried(model).eval()
+        parts = torch.cat([carried(part).logits[..., :23] for part in words.split([11, 19])])
+        found.append((parts, evaluate_tokens(model, words[:, 0]).log_probs))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_the_switch_is_off_and_can_be_turned_off():
+    model = small()
+    assert model.pad == 1 and {layer.pad for layer in [*model.layers, QRNN(3, 4)]} == {1}
+    pad_to(Carried(model), 8)
+    assert model.pad == 8 and {layer.pad for layer in model.layers} == {8} and not hasattr(model.embedding, "pad")
+    pad_to(model, 1)
+    assert model(text()).logits.shape[2] == 23
+    with pytest.raises(ValueError, match="multiple is 0: give 8, or 1 for no padding"):
+        pad_to(model, 0)
