@@ -15,7 +15,6 @@ from importlib.util import find_spec
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 # %% ../nbs/14-qrnn.ipynb #check-gates
 def _ready(z, f, o, c):
@@ -73,6 +72,15 @@ def pool_loop(z, f, o=None, c=None):
 _CHUNK = 2**18      # elements: what is done at once; about 1 MB in float32
 
 
+def _back_by_loop(given, g, g_last):
+    """Gradients of z, f, o and c by the definition, which autograd can go through again."""
+    given = [None if t is None else t.view_as(t) for t in given]    # a gate may be two
+    leaves = [t for t in given if t is not None and t.requires_grad]
+    found = torch.autograd.grad(pool_loop(*given), leaves, (g, g_last), create_graph=True)
+    found = dict(zip(map(id, leaves), found))
+    return tuple(found.get(id(t)) for t in given)
+
+
 class _Scan(torch.autograd.Function):
     """Pooling in plain torch; its backward is a recurrence too, from the end."""
 
@@ -90,9 +98,10 @@ class _Scan(torch.autograd.Function):
         return h, now.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g, carried):
         z, f, o, c0, c = ctx.saved_tensors
+        if torch.is_grad_enabled():                             # create_graph=True
+            return _back_by_loop((z, f, o, c0), g, carried)
         to_z, to_f = torch.empty_like(z), torch.empty_like(f)
         to_o = None if o is None else torch.empty_like(o)
         k = max(1, _CHUNK // max(1, c0.numel()))
@@ -125,7 +134,7 @@ def pool_scan(z, f, o=None, c=None):
     Returns
     -------
     (Tensor, Tensor)
-        As :func:`pool_loop`'s. It can be differentiated once.
+        As :func:`pool_loop`'s.
 
     Raises
     ------
@@ -236,9 +245,10 @@ class _Kernel(torch.autograd.Function):
         return h, last
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g, g_last):
         z, f, o, c0, c = ctx.saved_tensors
+        if torch.is_grad_enabled():                             # create_graph=True
+            return _back_by_loop((z, f, o, c0), g, g_last)
         to_z, to_f, to_c = (torch.empty_like(t) for t in (z, f, c0))
         to_o = None if o is None else torch.empty_like(o)
         grid = ((c0.numel() + _WIDTH - 1) // _WIDTH,)
@@ -262,7 +272,7 @@ def pool_kernel(z, f, o=None, c=None):
     Returns
     -------
     (Tensor, Tensor)
-        As :func:`pool_loop`'s. It can be differentiated once.
+        As :func:`pool_loop`'s.
 
     Raises
     ------

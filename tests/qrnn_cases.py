@@ -82,6 +82,20 @@ def test_only_one_of_the_outputs_is_used():
             torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+def penalized(pool, given):
+    """Gradients of a sum plus a penalty on its gradient at z: of all gates, though only z's gradient is penalized."""
+    loss = pool(*given)[0].sum()
+    gradient, = torch.autograd.grad(loss, given[0], create_graph=True)
+    return torch.autograd.grad(loss + gradient.square().sum(), [t for t in given if t is not None])
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_penalty_on_the_gradient(gated):
+    ours, loop = (penalized(pool, gates((4, 2, 3), torch.float64, gated)) for pool in (qrnn.pool_kernel, qrnn.pool_loop))
+    for a, b in zip(ours, loop, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
 def test_no_streams():
     z = torch.zeros(3, 0, 4, device=DEVICE)
     h, last = qrnn.pool_kernel(z, z, z)

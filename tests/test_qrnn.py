@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from qrnn_cases import gates, results
+from qrnn_cases import gates, penalized, results
 
 from nbutils import qrnn
 from nbutils.core import seed_everything
@@ -105,11 +105,15 @@ def test_twice_through_one_graph():
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
-def test_scan_is_differentiated_once():
-    z, f, o, c = cpu_gates((3, 1, 2))
-    grad = torch.autograd.grad(pool_scan(z, f, o, c)[0].square().sum(), z, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+def test_scan_can_be_differentiated_twice():
+    """A penalty on a gradient must reach all gates; it would silently count as a constant where the backward is cut off."""
+    assert torch.autograd.gradgradcheck(pool_scan, cpu_gates((4, 2, 3)))
+    z, f, _, c = cpu_gates((4, 2, 3), gated=False)
+    assert torch.autograd.gradgradcheck(lambda z, f, c: pool_scan(z, f, None, c), (z, f, c))
+    shared = cpu_gates((4, 2, 3))
+    for given in (cpu_gates((4, 2, 3)), [shared[0], shared[0], shared[0], shared[3]]):         # one tensor as all gates, too
+        for a, b in zip(penalized(pool_scan, given), penalized(pool_loop, given), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("gate", [0.0, 1e-7, 1.0])
