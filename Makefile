@@ -18,7 +18,7 @@ SITE_ADDRESS ?= file://$(CURDIR)/$(SITE)
 
 unexport IN_TEST           # under it, nbdev exports nothing and says nothing
 
-.PHONY: help install test test-slow export run-notebooks check-notebooks records tables verify book linkcheck probe dist launch release pdf bench bench-loops bench-steps bench-qrnn bench-cache cases bench-decode bench-epochs samples counterexamples survey clean
+.PHONY: help install test test-slow export run-notebooks check-notebooks records tables verify book linkcheck probe dist launch release pdf bench bench-loops bench-steps bench-qrnn bench-cache cases bench-decode bench-epochs samples counterexamples survey clean bench-loss
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -105,7 +105,7 @@ $(BENCH_READY): bench/requirements.txt constraints.txt pyproject.toml | $(BIN)/u
 	  -r bench/requirements.txt -e .
 	@touch $@
 
-bench: bench-loops bench-steps bench-qrnn bench-cache bench-epochs bench-decode  ## all six benchmarks: a record each
+bench: bench-loops bench-steps bench-qrnn bench-loss bench-cache bench-epochs bench-decode  ## all seven benchmarks: a record each
 
 bench-loops: $(BENCH_READY)  ## our loop against others (installs them in .bench-venv)
 	$(BENCH)/bin/python bench/bench.py $(ARGS)
@@ -115,6 +115,9 @@ bench-steps: $(READY)  ## our optimizers' steps, by each engine, against torch's
 
 bench-qrnn: $(READY)  ## the QRNN's recurrence as a loop, a scan and a kernel
 	$(BIN)/python bench/qrnn.py $(ARGS)
+
+bench-loss: $(READY)  ## the token loss by each way, and layers with padded sizes
+	$(BIN)/python bench/loss.py $(ARGS)
 
 bench-cache: $(READY)  ## the cache in blocks against a loop over tokens
 	$(BIN)/python bench/cache.py $(ARGS)

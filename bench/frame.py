@@ -1,4 +1,4 @@
-"""The frame that steps.py, qrnn.py, cache.py and epochs.py share: their common options, a quiet machine, and the record.
+"""The frame that steps.py, qrnn.py, loss.py, cache.py and epochs.py share: common options, a quiet machine, the record.
 
 A benchmark gives its cases (dicts with "device", "not_run" and, where something ran, "device_name"); `run` does what
 stands around them. What a record's head holds is said in bench.py.

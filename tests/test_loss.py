@@ -1,4 +1,5 @@
 """The token loss: its kernels against float64, its plain form against torch's to the bit, the choice between them; the benchmark."""
+import json
 import math
 import os
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nbutils import awd_lstm
 from nbutils.awd_lstm import LanguageOutput, cross_entropy_kernel, token_loss
@@ -17,6 +19,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 CASES = re.findall(r"^def (test_\w+)", (HERE / "loss_cases.py").read_text(), re.M)
 ON_GPU_ONLY = {"test_numbers_of_rows_do_not_compile_anew", "test_the_loss_takes_the_kernel_on_a_gpu"}
+
+sys.path.insert(0, str(ROOT / "bench"))
+import loss as bench  # noqa: E402  (bench/loss.py)
 
 
 # --- the kernel, in a process of its own ---------------------------------------------------------
@@ -119,3 +124,99 @@ def test_bad_arguments(logits, targets, message, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(ValueError, match=message):
         cross_entropy_kernel(logits, targets)
+
+
+# --- the benchmark -------------------------------------------------------------------------------
+def chosen(*options):
+    return bench.arguments(["--small", "--quick", "--threads", "1", *options])
+
+
+@pytest.mark.parametrize("what", bench.KINDS)
+def test_bench_runs_a_case(what):
+    case = bench.measure("cpu", what, "small", "float32", chosen())
+    assert case["largest_difference"] < 1e-5 and case["sizes"] == bench.SIZES["small"]
+    assert [c["name"] for c in case["contenders"]] == (["definition", "log_softmax"] if what == "loss" else ["unpadded", "padded"])
+    assert all(len(c["call"]) == 2 and min(c["call"]) > 0 for c in case["contenders"])
+    assert f", {what}, small size, float32; medians of n = 2 rounds" in bench.report(case)
+
+
+def test_bench_sizes_are_odd_where_the_articles_are():
+    for sizes in bench.SIZES.values():
+        assert all(sizes[name] % 8 for name in ("words", "lstm", "qrnn"))
+
+
+@pytest.mark.parametrize("what", ["decoder", "lstm", "qrnn"])
+def test_bench_does_pad(what):
+    device, sizes, dtype = "cpu", bench.SIZES["small"], torch.float32
+    calls = bench.decoders(device, sizes, dtype) if what == "decoder" else bench.layers(what, device, sizes, dtype)
+    rows = {}
+    for name, call in calls.items():
+        with Shapes() as shapes:
+            call()
+        rows[name] = shapes.seen
+    wanted = -(-sizes["words" if what == "decoder" else what] // 8) * 8
+    assert not any(n % wanted == 0 for n in rows["unpadded"]) and any(n % wanted == 0 for n in rows["padded"])
+
+
+class Shapes(TorchDispatchMode):
+    """Notes the rows of what is made."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if torch.is_tensor(out) and out.dim() == 2:
+            self.seen.add(out.shape[0])
+        return out
+
+
+def test_bench_finds_ways_that_differ(monkeypatch):
+    monkeypatch.setattr(bench, "by_log_softmax", lambda logits, targets: 1.01 * bench.definition(logits, targets))
+    with pytest.raises(SystemExit, match="did not do the same work, no record"):
+        bench.measure("cpu", "loss", "small", "float32", chosen())
+
+
+def test_bench_refuses_what_it_does_not_know(capsys):
+    for wrong, message in ((["--kinds", "gru"], "unknown kind 'gru'; there are: loss, decoder, lstm, qrnn"),
+                           (["--rounds", "0"], "--rounds must be 1")):
+        with pytest.raises(SystemExit):
+            bench.arguments(wrong)
+        assert message in capsys.readouterr().err
+
+
+def test_bench_writes_a_record_of_what_ran(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.setenv(name, os.environ.get(name, "1"))
+    options = ["--anyway", "--threads", "1", "--out", str(tmp_path)]
+    assert bench.main(options) == 0
+    out = capsys.readouterr().out
+    assert "cpu: not run: there it is run at small sizes only: give --small" in out and "no GPU in this machine" in out
+    assert not list(tmp_path.iterdir())
+    assert bench.main([*options, "--small", "--kinds", "loss,qrnn", "--rounds", "3", "--calls", "1"]) == 0
+    (path,) = tmp_path.iterdir()
+    check_record(path)
+    (record,) = bench.newest(tmp_path)
+    assert [case["what"] for case in record["cases"] if not case["not_run"]] == ["loss", "qrnn"]
+
+
+def check_record(path):
+    text = path.read_text(encoding="utf-8")
+    record = json.loads(text)
+    assert record["format"] == 1 and record["name"] == path.stem
+    assert set(record["load"]) == {"before", "after", "steal", "anyway"}
+    for case in record["cases"]:
+        if case["not_run"]:
+            continue
+        assert case["what"] in bench.KINDS and case["sizes"] == bench.SIZES[case["size"]]
+        assert len(case["contenders"]) >= 2 and all(len(c["call"]) == case["rounds"] for c in case["contenders"])
+        assert case["largest_difference"] < bench.TOLERANCE[case["dtype"]]
+    assert not re.search(r"/(tmp|home|root|work|usr|Users)/|https?:|site-packages", text), "a path or an address"
+
+
+def test_bench_records_are_whole():
+    for path in (ROOT / "book/records/loss").glob("*.json"):
+        check_record(path)

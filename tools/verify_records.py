@@ -26,7 +26,8 @@ from nbutils.experiment import SIZES, TASKS, get_task
 
 ROOT = Path(__file__).resolve().parent.parent
 # Folders beside the tasks' own, whose records have forms of their own (see bench/).
-OTHERS = ("bench", "cache", "cases", "conformance", "counterexamples", "decode", "epochs", "qrnn", "samples", "steps")
+OTHERS = ("bench", "cache", "cases", "conformance", "counterexamples", "decode", "epochs", "loss", "qrnn", "samples",
+          "steps")
 ASIDE = re.compile(r"\d+(\.(bf16|fp16|fp32|recipe\d+-[0-9a-f]{16}))+(-\d+)?\.json")   # of other settings or another precision
 BLOCK = re.compile(r"<!-- table:(\w+):(\w+)(?::([\w-]+))? -->\n(.*?)<!-- /table -->", re.S)
 LINK = re.compile(r"runs\.html#(\w+?)-(\w+?)-(.+)")
