@@ -258,6 +258,36 @@ def test_nothing_waits_for_the_gpu():
             torch.cuda.set_sync_debug_mode("default")
 
 
+class Made(TorchDispatchMode):
+    """Notes dtypes of what is as large as the logits."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.dtypes = size, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if torch.is_tensor(out) and out.numel() >= self.size and not function.is_view:
+            self.dtypes.add(out.dtype)
+        return out
+
+
+def test_nothing_as_large_as_the_logits_is_made_in_float32():
+    logits, targets = drawn(3, 50, torch.float16)
+    leaf = logits.requires_grad_()
+    with Made(leaf.numel()) as made:
+        cross_entropy_kernel(leaf, targets).backward()
+    assert torch.float16 in made.dtypes and torch.float32 not in made.dtypes      # the interpreter makes bytes too
+
+
+def test_losses_of_rows_that_are_added_up():
+    """What comes from above is then one number for all rows, of stride 0."""
+    logits, targets = drawn(3, 50)
+    leaf = logits.requires_grad_()
+    gradient, = torch.autograd.grad(awd_lstm._CrossEntropy.apply(leaf, targets).sum(), leaf)
+    torch.testing.assert_close(gradient.double(), 3 * both(logits, targets)[1][1], rtol=1e-5, atol=3 * FLAT)
+
+
 @pytest.mark.skipif(not GPU, reason="the kernel is chosen on a GPU")
 def test_numbers_of_rows_do_not_compile_anew():
     kernels = awd_lstm._load_kernels()
