@@ -39,7 +39,7 @@ install: $(READY)  ## make .venv, with everything that is needed
 test: $(READY)  ## re-run all notebooks, compare their outputs, run the tests
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
-test-slow: $(READY)  ## try the tasks on a GPU that is not there, compile every Triton kernel
+test-slow: $(READY)  ## the tasks on a GPU that is not there, every Triton kernel compiled, processes that are killed
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests/slow $(ARGS)
 
 export: $(READY)  ## write nbutils/ from the notebooks

@@ -455,8 +455,8 @@ def token_loss(output, targets):
     """Return the mean of -log p of the targets, in nats; its exponential is the
     perplexity.
 
-    On a CUDA GPU with Triton by :func:`cross_entropy_kernel`; elsewhere in plain torch,
-    with the softmax in float32.
+    On a CUDA GPU with Triton by :func:`cross_entropy_kernel`; elsewhere, and for
+    subclasses of Tensor, in plain torch, with the softmax in float32.
 
     Parameters
     ----------
@@ -465,7 +465,8 @@ def token_loss(output, targets):
         int64, the tokens one place later.
     """
     logits, targets = output.logits.flatten(0, 1), targets.flatten()
-    if logits.is_cuda and _no_kernel(logits.device) is None:
+    plain = type(logits) is torch.Tensor    # a fake or distributed one has no address
+    if plain and logits.is_cuda and _no_kernel(logits.device) is None:
         return cross_entropy_kernel(logits, targets)
     return F.nll_loss(F.log_softmax(logits, 1, dtype=torch.float32), targets)
 

@@ -71,27 +71,24 @@ def test_on_a_cpu_it_is_torchs_cross_entropy_to_the_bit(dtype, steps, streams, w
 
 
 def test_dispatch(monkeypatch):
-    """A CPU takes the plain form, under Triton's interpreter too; a GPU the kernel, or the plain form without Triton."""
-    class Logits:
-        def __init__(self, device):
-            self.device, self.is_cuda = torch.device(device), device == "cuda"
-
-        def flatten(self, *dims):
-            return self
+    """A CPU takes the plain form, under Triton's interpreter too; a GPU the kernel, but not without Triton or for a subclass of Tensor."""
+    class Subclass(torch.Tensor):
+        pass
 
     monkeypatch.setattr(awd_lstm, "cross_entropy_kernel", lambda *a: "kernel")
-    monkeypatch.setattr(F, "log_softmax", lambda *a, **k: None)
     monkeypatch.setattr(F, "nll_loss", lambda *a: "plain")
     monkeypatch.setattr(awd_lstm, "_TRITON_IS_THERE", True)
-
-    def taken(device):
-        return token_loss(output(Logits(device)), torch.zeros(1))
-
-    assert taken("cpu") == "plain" and taken("cuda") == "kernel"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert taken("cpu") == "plain"
+    targets = torch.zeros(2, 3, dtype=torch.int64)
+
+    def taken(kind=torch.Tensor):
+        return token_loss(output(torch.zeros(2, 3, 5).as_subclass(kind)), targets)
+
+    assert taken() == "plain"
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    assert taken() == "kernel" and taken(Subclass) == "plain"
     monkeypatch.setattr(awd_lstm, "_TRITON_IS_THERE", False)
-    assert taken("cuda") == "plain"
+    assert taken() == "plain"
 
 
 def test_why_there_is_no_kernel(monkeypatch):

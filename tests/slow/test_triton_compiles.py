@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nbutils import engines, kernel, qrnn
+from nbutils import awd_lstm, engines, kernel, qrnn
 from nbutils.amsgrad import Adam, AdamW
 from nbutils.momentum import SGD
 
@@ -41,12 +41,20 @@ def qrnn_kernel(which, gated, dtype):
     return qrnn._load_kernels()[which == "backward"], signature, {"GATED": gated, "WIDTH": qrnn._WIDTH}
 
 
-# name: what gives the function, the types of its arguments, and its constants
+def loss_kernel(which, dtype):
+    names = {"forward": "LOGITS TARGETS losses tops logs", "backward": "LOGITS TARGETS tops logs g TO_LOGITS"}[which].split()
+    kinds = {"TARGETS": "*i64"} | {name: f"*{TYPES[dtype]}" for name in ("LOGITS", "TO_LOGITS")}
+    signature = {name.lower(): kinds.get(name, "*fp32") for name in names} | {"columns": "i32", "stride": "i32"}
+    return awd_lstm._load_kernels()[which == "backward"], signature, {"WIDTH": awd_lstm._WIDTH}, {"num_warps": awd_lstm._WARPS}
+
+
+# name: what gives the function, the types of its arguments, its constants, and options of the launch
 KERNELS = {f"{rule}-{TYPES[dtype]}": (optimizer_kernel, rule, dtype)
            for rule in RULES for dtype in (torch.float32, torch.bfloat16, torch.float64)}
 KERNELS["adamw-fp32-unaligned"] = (optimizer_kernel, "adamw", torch.float32, 4)
 KERNELS |= {f"qrnn-{which}-{'gated' if gated else 'plain'}-{TYPES[dtype]}": (qrnn_kernel, which, gated, dtype)
             for which in ("forward", "backward") for gated in (True, False) for dtype in TYPES}
+KERNELS |= {f"loss-{which}-{TYPES[dtype]}": (loss_kernel, which, dtype) for which in ("forward", "backward") for dtype in TYPES}
 
 
 @pytest.fixture(autouse=True)
@@ -75,8 +83,8 @@ def bytes_on_stack(asm, tmp_path):
 @pytest.mark.parametrize("name", KERNELS)
 def test_compiles(name, capability, tmp_path):
     make, *arguments = KERNELS[name]
-    function, signature, constants = make(*arguments)
-    asm = compiled(function, signature, constants, capability)
+    function, signature, constants, *options = make(*arguments)
+    asm = compiled(function, signature, constants, capability, **dict(*options))
     assert re.search(rf"^\.target sm_{capability}", asm["ptx"], re.M)
     assert f".entry {function.__name__}(" in asm["ptx"]
     assert bytes_on_stack(asm, tmp_path) == 0
