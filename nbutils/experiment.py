@@ -10,6 +10,7 @@ __all__ = ['SIZES', 'TASKS', 'Config', 'Work', 'Task', 'register', 'get_task', '
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import importlib
 import io
@@ -509,12 +510,15 @@ def thin(trace, points=200):
     return {"step": steps} | {k: [v[i] for i in steps] for k, v in trace.items()}
 
 # %% ../nbs/09-experiments.ipynb #finish
+_loaded_code = functools.cache(code_state)  # asked once in a process, at its first run
+
+
 def _finish(task, config, seed, device, learner, started):
     start = time.perf_counter()
     metrics = _plain(task.score(learner, config), "metrics")
     seconds = time.perf_counter() - start
     seconds += sum(row["seconds"] + row["valid_seconds"] for row in learner.history)
-    commit, code_hash = code_state()
+    commit, code_hash = _loaded_code()
     return Record(
         task=config.task,
         size=config.size,
@@ -585,6 +589,7 @@ def run(config, seed, *, device=None, precision=None, records=None, runs=None,
     precision = _precision(task, config, device, precision, cell)
     name = f"{seed}" if precision == task.precision(config) else f"{seed}.{precision}"
     place = Path(config.task, config.size, config.row)
+    _loaded_code()
     records = Path(records or records_folder())
     folder = Path(runs or runs_folder()) / place
     _prepare(records / place, 1e6)

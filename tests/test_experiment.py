@@ -3,6 +3,7 @@ import contextlib
 import ctypes
 import dataclasses
 import errno
+import functools
 import io
 import json
 import os
@@ -787,3 +788,16 @@ def test_write_is_refused_where_a_record_came_meanwhile(place, monkeypatch):
 
 def test_sizes_of_cifar10_are_known():
     assert {c.size for c in cifar10.task.configs} == set(SIZES)
+
+
+def test_record_names_the_code_that_was_loaded(place, monkeypatch):
+    """A branch that is switched during a run, or between two runs of one process, is not the code that runs."""
+    before, after = "a" * 40, "b" * 40
+    true = Learner.evaluate
+    monkeypatch.setattr(Learner, "evaluate", lambda *args: (os.environ.update(NBUTILS_COMMIT=after), true(*args))[1])
+    monkeypatch.setenv("NBUTILS_COMMIT", before)
+    experiment._loaded_code.cache_clear()
+    try:
+        assert [place.run(seed=seed).commit for seed in (0, 1)] == [before, before]
+    finally:
+        experiment._loaded_code.cache_clear()
