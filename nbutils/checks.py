@@ -6,141 +6,93 @@
 __all__ = ['Verdict', 'check_record']
 
 # %% ../nbs/a10-checks.ipynb #imports
-import json
+import itertools
 import math
-import re
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 from .experiment import SIZES, get_task
 from .learner import PRECISIONS
-from .records import Record, config_hash
+from .records import (LABEL, LINE, NUMBER, Record, config_hash, misfits,
+                             printable, read_json, record_problems)
 
-# %% ../nbs/a10-checks.ipynb #leaves
-def _leaves(value, where=""):
-    """Yield (name, value) of everything in nested lists and dicts."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _leaves(inner, f"{where}.{key}".lstrip("."))
-    elif isinstance(value, list):
-        for i, inner in enumerate(value):
-            yield from _leaves(inner, f"{where}[{i}]")
-    else:
-        yield where, value
+# %% ../nbs/a10-checks.ipynb #possible
+_VERSIONS = ("python", "platform", "torch", "torchvision", "nbutils")
+_LOSS, _SHARE, _RATE, _BETA = (0.0, 1e9), (0.0, 1.0), (0.0, 100.0), (0.0, 0.9999)
+_COUNT, _SECONDS, _PERPLEXITY = (0, 10**9), (0.0, 1e8), (1.0, 1e9)
+
+_POSSIBLE = {  # what a record of the book may hold, beyond having the form of a record
+    "recipe": (1, 9999), "size": set(SIZES), "precision": set(PRECISIONS),
+    "seconds": _SECONDS,
+    "versions": dict.fromkeys(_VERSIONS, LINE) | {LABEL: LINE},
+    "commit": (r"[0-9a-f]{40}\+?|unknown", "40 hexadecimal digits (and +), nor unknown"),
+    "code_hash": ("[0-9a-f]{16}", "16 hexadecimal digits"),
+    "history": [{"epoch": _COUNT, "loss": _LOSS, "valid_loss": _LOSS, "lr": _RATE,
+                 "momentum": _BETA, "seconds": _SECONDS, "valid_seconds": _SECONDS,
+                 "accuracy?": _SHARE, "token_loss?": _LOSS}, 0, 10_000],
+    "curve": {"step": [_COUNT, 1, 200], "loss": [_LOSS, 1, 200],
+              "lr": [_RATE, 1, 200], "momentum": [_BETA, 1, 200]},
+    "metrics": {"error?": _SHARE, "error_tta?": _SHARE, "loss?": _LOSS} | {
+        f"{text}{how}?": _PERPLEXITY
+        for text in ("valid", "test") for how in ("", "_cache", "_2018")},
+}
 
 
-def _form(fields):
-    """Yield what is wrong with the fields themselves."""
-    kinds = Record.__annotations__
-    for name in kinds:
-        if name not in fields:
-            yield f"the field {name} is missing"
-    for name, value in fields.items():
-        kind = kinds.get(name)
-        fits = kind and isinstance(value, (int, float) if kind is float else kind)
-        if kind is None:
-            yield f"the field {name} is unknown"
-        elif not fits or isinstance(value, bool):
-            yield f"{name} is {value!r:.60}, where {kind.__name__} is expected"
-    for name, value in _leaves(fields):
-        if isinstance(value, float) and not math.isfinite(value):
-            yield f"{name} is {value}, which is no result"
-        elif isinstance(value, int) and abs(value) >= 2**63:
-            yield f"{name} has {len(str(abs(value)))} digits, which is no result"
+def _impossible(fields):
+    """Yield the values that no run of the book can have."""
+    for name, form in _POSSIBLE.items():
+        yield from misfits(fields[name], form, name)
 
 # %% ../nbs/a10-checks.ipynb #says-code
-_VERSIONS = ("python", "platform", "torch", "torchvision", "nbutils")
-
-
 def _says(r):
     """Yield what is wrong with what a record says of itself."""
     for name in ("task", "size", "row"):
         if r.config.get(name) != getattr(r, name):
             yield (f"{name} is {getattr(r, name)!r}, but its settings say "
-                   f"{r.config.get(name)!r}")
-        if not re.fullmatch(r"[\w.+-]+", getattr(r, name)):
-            yield f"{name} is {getattr(r, name)!r}, which is no name of a folder"
-    if r.size not in SIZES:
-        yield f"size is {r.size!r}, none of {', '.join(SIZES)}"
-    if (found := config_hash(r.config)) != r.config_hash:
-        yield (f"config_hash is {r.config_hash}, but the settings hash to {found}: they "
-               "were edited")
-    if r.seed < 0 or r.recipe < 1:
-        yield f"seed {r.seed} or recipe {r.recipe} is too small"
-    for name in _VERSIONS:
-        if not isinstance(r.versions.get(name), str) or not r.versions[name]:
-            yield f"versions.{name} is missing"
-    if not r.device.strip():
-        yield "device is empty"
+                   f"{r.config.get(name)!r:.60}")
     wanted = r.config.get("precision", "auto")
-    if r.precision not in PRECISIONS or wanted not in ("auto", r.precision):
-        yield f"precision is {r.precision!r}, and the settings ask for {wanted!r}"
-    if not re.fullmatch(r"[0-9a-f]{40}\+?|unknown", r.commit):
-        yield f"commit is {r.commit!r}, not 40 hexadecimal digits (and +), nor unknown"
-    if not re.fullmatch(r"[0-9a-f]{16}", r.code_hash):
-        yield f"code_hash is {r.code_hash!r}, not 16 hexadecimal digits"
+    if wanted not in ("auto", r.precision):
+        yield f"precision is {r.precision!r}, and the settings ask for {wanted!r:.60}"
     try:
         early = datetime.fromisoformat(r.started) - datetime.now(timezone.utc)
         if early > timedelta(days=1):
             yield f"started is {r.started}, which is still to come"
-    except (ValueError, TypeError):
-        yield f"started is {r.started!r}, not a time with its zone in ISO 8601"
+    except ValueError:
+        yield f"started is {r.started!r}, and there is no such time"
 
 # %% ../nbs/a10-checks.ipynb #history-code
 def _history(r):
     """Yield where history, curve and seconds do not fit the settings or each other."""
     asked = r.config.get("epochs")
     if len(r.history) != asked or not r.history:
-        yield f"the history has {len(r.history)} epochs, and the settings ask for {asked}"
+        yield (f"the history has {len(r.history)} epochs, and the settings ask for "
+               f"{asked!r:.60}")
         return
-    need = {"epoch", "loss", "valid_loss", "seconds", "valid_seconds", "lr", "momentum"}
     for i, row in enumerate(r.history):
-        if not isinstance(row, dict) or not need <= set(row):
-            yield f"history[{i}] lacks one of {', '.join(sorted(need))}"
-            return
-        if not all(isinstance(v, (int, float)) for v in row.values()):
-            yield f"history[{i}] has an entry that is no number"
-            return
         if row["epoch"] != i + 1:
             yield f"history[{i}].epoch is {row['epoch']}, not {i + 1}"
-        if row["seconds"] <= 0 or row["valid_seconds"] < 0:
+        if row["seconds"] <= 0:
             yield f"history[{i}] took no time"
     seconds = sum(row["seconds"] + row["valid_seconds"] for row in r.history)
     if not seconds * 0.999 <= r.seconds <= 3 * seconds + 600:
         yield f"seconds is {r.seconds:.1f}, and the epochs took {seconds:.1f}"
-    yield from _kinds(r) or _curve(r)
-
-
-def _number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _numbers(value):
-    return isinstance(value, list) and value != [] and all(map(_number, value))
+    yield from _kinds(r) or itertools.chain(_curve(r), _along(r))
 
 
 def _kinds(r):
-    """List which settings and curves, compared below, are no numbers."""
-    one = {name: r.config[name] for name in ("lr", "head_lr") if name in r.config}
-    some = {name: r.config[name] for name in ("divide", "momentum") if name in r.config}
-    wrong = {name: value for name, value in one.items() if not _number(value)}
-    wrong |= {name: value for name, value in some.items()
-              if not _numbers(value) or name == "divide" and min(value) <= 0}
-    found = [f"the settings' {name} is {value!r:.60}, where "
-             f"{'a number is' if name in one else 'a list of numbers is'} expected"
-             for name, value in wrong.items()]
-    return found + [f"curve.{name} is no list of numbers" for name, values in r.curve.items()
-                    if not _numbers(values)]
+    """List which settings, compared below, are no numbers."""
+    forms = {"lr": NUMBER, "head_lr": NUMBER, "momentum": [NUMBER, 1, 100],
+             "divide": [(1e-9, 1e9), 1, 100]}
+    return [f"the settings' {problem}" for name, form in forms.items()
+            if name in r.config for problem in misfits(r.config[name], form, name)]
 
 # %% ../nbs/a10-checks.ipynb #curve-code
 def _curve(r):
-    lengths = {len(v) for v in r.curve.values()}
-    if not {"step", "loss", "lr", "momentum"} <= set(r.curve) or len(lengths) != 1 \
-            or not 1 <= min(lengths) <= 200:
-        yield "curve does not have step, loss, lr and momentum at 1 to 200 steps each"
-        return
     steps = r.curve["step"]
+    if len({len(values) for values in r.curve.values()}) != 1:
+        yield "curve does not have step, loss, lr and momentum at the same steps"
+        return
     if steps[0] != 0 or any(b <= a for a, b in zip(steps, steps[1:])):
         yield "curve.step does not rise from 0"
     share = 1 / r.config.get("divide", [1])[0]  # the curve is of the first group
@@ -155,34 +107,49 @@ def _curve(r):
         yield (f"the momentum of the curve goes from {low:.3g} to {high:.3g}, that of the "
                f"settings from {min(ends)} to {max(ends)}")
 
+# %% ../nbs/a10-checks.ipynb #along-code
+def _along(r):
+    """Yield where an epoch's rate, momentum or loss is not what its steps had."""
+    n, epochs = min(map(len, r.curve.values())), len(r.history)
+    for i, row in enumerate(r.history):
+        start, end = i * n / epochs, (i + 1) * n / epochs
+        last = slice(max(0, math.floor(end) - 3), math.ceil(end) + 2)
+        for name in ("lr", "momentum"):
+            values = r.curve[name]
+            slack = 0.02 * (max(values) - min(values)) + 1e-9
+            low, high = min(values[last]) - slack, max(values[last]) + slack
+            if not low <= row[name] <= high:
+                yield (f"history[{i}].{name} is {row[name]:.3g}, and the curve is between "
+                       f"{low:.3g} and {high:.3g} there")
+        losses = r.curve["loss"][max(0, math.floor(start) - 1) : math.ceil(end) + 1]
+        if not min(losses) / 3 <= row["loss"] <= 3 * max(losses):
+            yield (f"history[{i}].loss is {row['loss']:.3g}, and its steps had "
+                   f"{min(losses):.3g} to {max(losses):.3g}")
+
 # %% ../nbs/a10-checks.ipynb #metrics-code
-_SAME = {  # final metric: (what the last epoch says of it, how far they may differ)
-    "error": (lambda last: 1 - last["accuracy"], lambda value: 1.5e-4),
-    "loss": (lambda last: last["valid_loss"], lambda value: 1e-3 * value + 1e-6),
-    "valid": (lambda last: math.exp(last["token_loss"]), lambda value: 0.1 * value),
+_LAST = "after the last epoch it was"
+_SAME = {  # final metric: (what is known of it, how far they may differ, in words)
+    "error": (lambda r: 1 - r.history[-1]["accuracy"], lambda value: 1.5e-4, _LAST),
+    "loss": (lambda r: r.history[-1]["valid_loss"], lambda value: 1e-3 * value + 1e-6,
+             _LAST),
+    "valid": (lambda r: math.exp(min(r.history[-1]["token_loss"], 100)),
+              lambda value: 0.1 * value, _LAST),
+    "valid_2018": (lambda r: r.metrics["valid"], lambda value: 0.1 * value,
+                   "metrics.valid is"),
+    "test_2018": (lambda r: r.metrics["test"], lambda value: 0.1 * value,
+                  "metrics.test is"),
 }
 
 
 def _metrics(r):
-    """Yield which final figures are impossible, or not those of the last epoch."""
-    for name, value in r.metrics.items():
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            yield f"metrics.{name} is {value!r}, not a number"
-            continue
-        low, high = (0, math.inf) if name == "loss" else (1, math.inf)
-        if any(word in name for word in ("error", "accuracy")):
-            low, high = 0, 1
-        if not low <= value <= high:
-            yield f"metrics.{name} is {value}, not from {low} to {high}"
-        elif name in _SAME:
-            says, differ = _SAME[name]
-            try:
-                last = says(r.history[-1])
-            except KeyError:
-                continue
-            if not abs(value - last) <= differ(value):
-                yield (f"metrics.{name} is {value:.6g}, and after the last epoch it was "
-                       f"{last:.6g}")
+    """Yield which final figures are not those of the last epoch, or of each other."""
+    for name, (known, differ, where) in _SAME.items():
+        try:
+            value, other = r.metrics[name], known(r)
+        except KeyError:
+            continue  # not measured, or another check says what is missing
+        if not abs(value - other) <= differ(value):
+            yield f"metrics.{name} is {value:.6g}, and {where} {other:.6g}"
 
 # %% ../nbs/a10-checks.ipynb #verdict-code
 @dataclass(frozen=True)
@@ -213,14 +180,15 @@ class Verdict:
     def __str__(self):
         r = self.record
         cell = r and f"{r.task} {r.row} ({r.size}), seed {r.seed}"
+        path = printable(self.path, 1000)
         if self.problems:
-            lines = "".join(f"\n  {p}" for p in self.problems)
-            return (f"{self.path}: not accepted{f' for {cell}' if cell else ''}:{lines}\nSend "
+            lines = "".join(f"\n  {printable(p, 1000)}" for p in self.problems)
+            return (f"{path}: not accepted{f' for {cell}' if cell else ''}:{lines}\nSend "
                     "the file as the run wrote it, or run the cell again.")
         if self.stale:
-            return (f"{self.path}: a sound record of {cell}, which does not count: "
+            return (f"{path}: a sound record of {cell}, which does not count: "
                     f"{self.stale}. Bring the book up to date, and run the cell again.")
-        return f"{self.path}: this record counts for {cell}"
+        return f"{path}: this record counts for {cell}"
 
 
 def _lacks(task, r):
@@ -232,6 +200,9 @@ def _lacks(task, r):
                     yield f"metrics.{name} is missing, and its row measures it"
 
 # %% ../nbs/a10-checks.ipynb #check-record
+_MOST = 20  # problems of a kind; the rest are like them
+
+
 def check_record(path, folder=None):
     """Look for everything that can be wrong with a record.
 
@@ -249,17 +220,16 @@ def check_record(path, folder=None):
     """
     path = Path(path)
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = read_json(path)
     except OSError as error:
         return Verdict(path, None, (f"it cannot be read: {error.strerror}",))
-    except (ValueError, RecursionError) as error:
-        return Verdict(path, None, (f"it is not JSON: {error}",))
-    if not isinstance(fields, dict):
-        return Verdict(path, None, ("it is not a record: a JSON object was expected",))
-    if problems := tuple(_form(fields)):
+    except ValueError as error:
+        return Verdict(path, None, (str(error),))
+    if problems := tuple(itertools.islice(record_problems(fields), _MOST)):
         return Verdict(path, None, problems)
     record = Record(**fields)
-    problems = [*_says(record), *_history(record)]
+    problems = list(itertools.islice(_impossible(fields), _MOST))
+    problems += [*_says(record), *_history(record)] if not problems else []
     problems += _metrics(record) if not problems else []
     try:
         task = get_task(record.task)
@@ -290,7 +260,7 @@ def _place(path, record, folder):
 def _losses(path):
     """The losses by epoch, which no two runs share; None of a file that is no record."""
     try:
-        history = json.loads(path.read_text(encoding="utf-8"))["history"]
+        history = read_json(path)["history"]
         return [(row["loss"], row["valid_loss"]) for row in history]
     except (ValueError, KeyError, TypeError):
         return None  # its own check says so

@@ -15,11 +15,15 @@ import json
 import math
 import os
 import platform
+import re
+import stat
 import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 
@@ -95,6 +99,212 @@ def config_hash(config):
     text = json.dumps(config, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+# %% ../nbs/a3-records.ipynb #printable
+def printable(text, most=200):
+    r"""Return a text as one line that any terminal can show.
+
+    Control characters, newlines and marks that turn the direction of writing come out as
+    escapes such as ``\x1b``; a no-break space stays.
+
+    Parameters
+    ----------
+    text : object
+        Its ``str`` is taken.
+    most : int
+        A longer text is cut and ends in "...".
+    """
+    text = str(text)
+    text = text if len(text) <= most else text[: most - 3] + "..."
+    plain = (c if c.isprintable() or c == "\u00a0" else ascii(c)[1:-1] for c in text)
+    return "".join(plain)
+
+
+def _quoted(value):
+    """A value as a message quotes it: short, ASCII only."""
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return f"a number of {len(str(abs(value)))} digits"
+    value = value[:100] if isinstance(value, str) else value
+    text = ascii(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+# %% ../nbs/a3-records.ipynb #misfits
+def misfits(value, form, where=""):
+    """Yield a sentence for each part of a value that does not fit its form.
+
+    Parameters
+    ----------
+    value : object
+        As the package json reads it.
+    form : tuple, list, set, dict, callable or constant
+        ``(pattern, words)``: a text that the whole pattern matches. ``(low, high)``: a
+        whole number of this range, or any number if the two are floats.
+        ``[form, least, most]``: a list of so many entries. A set: one of these leaves.
+        A dict: fields by name, a name with "?" at its end may be missing, and a pattern
+        instead of a name admits all names that it matches; 100 at most. A callable
+        yields the sentences itself, from ``(value, where)``. Anything else: this value.
+    where : str
+        The name of the value, such as ``history[3].loss``.
+    """
+    if callable(form):
+        yield from form(value, where)
+    elif isinstance(form, dict):
+        yield from _misfit_fields(value, form, where)
+    elif isinstance(form, list):
+        if not isinstance(value, (list, tuple)):
+            yield f"{where} is {_quoted(value)}, where a list is expected"
+        elif not form[1] <= len(value) <= form[2]:
+            yield f"{where} has {len(value)} entries, not {form[1]} to {form[2]}"
+        else:
+            for i, one in enumerate(value):
+                yield from misfits(one, form[0], f"{where}[{i}]")
+    elif not _fits(value, form):
+        yield f"{where} is {_quoted(value)}, not {_in_words(form)}"
+
+
+def _misfit_fields(value, form, where):
+    if not isinstance(value, dict):
+        yield f"{where or 'it'} is {_quoted(value)}, where named fields are expected"
+        return
+    if len(value) > 100:
+        yield f"{where or 'it'} has {len(value)} fields, not 100 at most"
+        return
+    named = {name.rstrip("?"): one for name, one in form.items()
+             if isinstance(name, str)}
+    open_to = {name: one for name, one in form.items() if not isinstance(name, str)}
+    for name in named:
+        if name not in value and f"{name}?" not in form:
+            yield f"the field {where}.{name} is missing".replace(" .", " ")
+    for name, inner in value.items():
+        place = f"{where}.{printable(name, 60)}".lstrip(".")
+        kind = [named[name]] if name in named else [
+            one for names, one in open_to.items() if _fits(name, names)]
+        if kind:
+            yield from misfits(inner, kind[0], place)
+        else:
+            yield f"the field {place} is unknown"
+
+# %% ../nbs/a3-records.ipynb #leaves
+NUMBER = (-sys.float_info.max, sys.float_info.max)
+
+
+def _fits(value, form):
+    """Whether a value that is no list and has no fields fits a form."""
+    if isinstance(form, set):
+        return any(_fits(value, one) for one in form)
+    if isinstance(form, tuple) and isinstance(form[0], str):
+        return isinstance(value, str) and re.fullmatch(form[0], value) is not None
+    if isinstance(form, tuple):
+        kind = int if isinstance(form[0], int) else (int, float)
+        numeric = isinstance(value, kind) and not isinstance(value, bool)
+        return numeric and form[0] <= value <= form[1]
+    return type(value) is type(form) and value == form
+
+
+def _in_words(form):
+    if isinstance(form, set):
+        return " or ".join(sorted(map(_in_words, form)))
+    if isinstance(form, tuple) and isinstance(form[0], str):
+        return form[1]
+    if isinstance(form, tuple):
+        kind = "a whole number" if isinstance(form[0], int) else "a number"
+        within = f"{kind} from {form[0]} to {form[1]}"
+        return "a finite number" if form == NUMBER else within
+    return json.dumps(form)
+
+
+def nested(leaf, depth, most=100):
+    """Return the form of lists and named fields inside each other, of leaves of one form.
+
+    Parameters
+    ----------
+    leaf : form
+    depth : int
+        How deep they may be nested; 0 for leaves alone.
+    most : int
+        Entries of a list.
+    """
+    inner = nested(leaf, depth - 1, most) if depth else leaf
+
+    def form(value, where):
+        if depth and isinstance(value, dict):
+            yield from misfits(value, {LABEL: inner}, where)
+        elif depth and isinstance(value, (list, tuple)):
+            yield from misfits(value, [inner, 0, most], where)
+        else:
+            yield from misfits(value, leaf, where)
+
+    return form
+
+# %% ../nbs/a3-records.ipynb #record-form
+NAME = ("[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}",
+        "a name of letters, digits and _ . + -, 64 at most")
+LABEL = ("[A-Za-z0-9_][A-Za-z0-9_ .,+'-]{0,63}",
+         "a label of letters, digits, spaces and _ . , + ' -, 64 at most")
+_IN_LINES = "A-Za-z0-9 _.,:;+=()/@#%'-"
+LINE = (f"(?!.*//)[A-Za-z0-9][{_IN_LINES}]{{0,99}}",
+        "a line of at most 100 letters, digits, spaces and _.,:;+=()/@#%'-")
+HASH = ("[0-9a-f]{0,64}", "hexadecimal digits")
+COMMIT = ("[A-Za-z0-9_.+-]{0,64}", "a commit")
+TIME = (r"(?a:\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?([+-]\d\d:\d\d|Z))",
+        "a time with its zone in ISO 8601")
+SETTING = {None, True, False, "", NUMBER, LINE}
+
+RECORD = {
+    "task": NAME, "size": NAME, "row": NAME, "seed": (0, 2**63 - 1),
+    "config": {LABEL: nested(SETTING, 3)}, "config_hash": HASH, "recipe": (0, 9999),
+    "history": [{LABEL: NUMBER}, 0, 10_000],
+    "curve": {LABEL: [NUMBER, 0, 1000]},
+    "metrics": {LABEL: NUMBER},
+    "seconds": (0.0, 1e9), "device": LINE, "precision": NAME, "versions": {LABEL: LINE},
+    "commit": COMMIT, "code_hash": HASH, "started": TIME,
+}
+
+
+def record_problems(fields):
+    """Yield what is wrong with a record's form, and whether its settings were edited.
+
+    Parameters
+    ----------
+    fields : dict
+        As :class:`Record` has them; whatever JSON gives may stand here.
+    """
+    problem = None
+    for problem in misfits(fields, RECORD):
+        yield problem
+    if problem is not None:
+        return
+    said, found = fields["config_hash"], config_hash(fields["config"])
+    if said != found:
+        yield f"config_hash is {said}, but the settings hash to {found}: they were edited"
+
+# %% ../nbs/a3-records.ipynb #read-json
+def read_json(path, most=1_000_000):
+    """Read a JSON file that may come from anybody.
+
+    Raises
+    ------
+    ValueError
+        If it is no plain file, has more than ``most`` bytes, or is not JSON in UTF-8
+        with each name once.
+    """
+    facts = os.stat(path)
+    if not stat.S_ISREG(facts.st_mode):
+        raise ValueError("it is not a plain file")
+    if facts.st_size > most:
+        raise ValueError(f"it has {facts.st_size:,} bytes, and {most:,} are allowed")
+    try:
+        text = Path(path).read_bytes().decode("utf-8")
+        return json.loads(text, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"it is not JSON: {printable(error)}") from None
+
+
+def _once(pairs):
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError("a name stands twice")
+    return fields
+
 # %% ../nbs/a3-records.ipynb #write-record
 def write_record(record, folder, name=None):
     """Write a record below ``folder`` in one step; return its path.
@@ -111,7 +321,11 @@ def write_record(record, folder, name=None):
     ------
     FileExistsError
         If the cell has a record already. Records are never overwritten.
+    ValueError
+        If a field does not have its form: such a record could not be read back.
     """
+    for problem in record_problems(dataclasses.asdict(record)):
+        raise ValueError(f"{record.path} cannot be written: {problem}")
     path = Path(folder) / record.path
     path = path.with_name(name or path.name)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,27 +359,24 @@ def read_record(path):
     Raises
     ------
     ValueError
-        Naming the file and what is wrong: not JSON, a field missing or unknown, in
-        another cell's place, or a settings' hash that does not fit the settings.
+        Naming the file and what is wrong: not JSON, a field that does not have its
+        form, another cell's place, or a settings' hash that does not fit the settings.
     """
     path = Path(path)
     try:
-        fields = json.loads(path.read_text())
-        record = Record(**fields)
-        place = record.path
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
-        raise ValueError(
-            f"{path} is not a record ({error}): delete it, or restore it from the repository"
-        ) from None
+        fields = read_json(path)
+        problem = next(record_problems(fields), "")
+    except ValueError as error:
+        problem = str(error)
+    if problem:
+        raise ValueError(f"{printable(path)} is not a record ({problem}): delete it, or "
+                         "restore it from the repository")
+    record = Record(**fields)
     lies = path.with_name(f"{path.name.partition('.')[0]}.json")
-    if Path(*lies.parts[-4:]) != place:
+    if Path(*lies.parts[-4:]) != record.path:
         raise ValueError(
-            f"{path} says that it is {place}: a record must lie in its own cell's place"
-        )
-    found = config_hash(record.config)
-    if found != record.config_hash:
-        raise ValueError(
-            f"{path}: its settings hash to {found}, but it says {record.config_hash}: it was edited by hand"
+            f"{printable(path)} says that it is {record.path}: a record must lie in its "
+            "own cell's place"
         )
     return record
 
@@ -200,11 +411,12 @@ def read_records(folder, task="*", size="*", row="*"):
 def describe_device(device):
     """Name a device as a person would.
 
-    The card's name, or the processor's with the number of threads in use.
+    The card's name, or the processor's with the number of threads in use; characters
+    that a record may not hold are left out.
     """
     device = torch.device(device)
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return _line(torch.cuda.get_device_name(device))
     name = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -216,9 +428,15 @@ def describe_device(device):
             ),
             name,
         )
-    return f"{name}, {torch.get_num_threads()} threads" + (
+    return f"{_line(name)}, {torch.get_num_threads()} threads" + (
         f", {device.type}" if device.type != "cpu" else ""
     )
+
+
+def _line(text):
+    """What of a text a line of a record may hold."""
+    kept = re.sub(f"[^{_IN_LINES}]|/(?=/)", "", text)
+    return re.sub("^[^A-Za-z0-9]+", "", kept)[:70].strip() or "unknown"
 
 
 def versions():
@@ -344,6 +562,38 @@ def mean_interval(values):
     spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
     return Interval(mean, _T95[min(n, 30) - 2] * spread / math.sqrt(n), n)
 
+# %% ../nbs/a3-records.ipynb #escape-markdown
+class Markdown(str):
+    """Text that is Markdown already: `escape_markdown` leaves it alone."""
+
+
+_ANYWHERE = re.compile(r"[\\`*_{}\[\]<>|$&~@]|[:/](?=/)|\.(?=[^\W\d])")
+_AT_THE_START = re.compile(r"^([=:%!#(]|[-+](?![\d.]))|^(\d+)([.)])(?=\s|$)")
+
+
+def escape_markdown(text, most=1000):
+    """Return a text as Markdown that shows it and does nothing else.
+
+    Nothing in it becomes markup, HTML, a role, a directive, a formula, a link or another
+    line: in CommonMark as on the pages of the book (MyST), in a table, a heading, a list,
+    or at the beginning of a line.
+
+    Parameters
+    ----------
+    text : object
+        Its ``str`` is taken. What is Markdown already is returned as it is.
+    most : int
+        A longer text is cut.
+
+    Returns
+    -------
+    Markdown
+    """
+    if isinstance(text, Markdown):
+        return text
+    plain = _ANYWHERE.sub(r"\\\g<0>", printable(text, most).strip(" "))
+    return Markdown(_AT_THE_START.sub(lambda m: f"{m[2] or ''}\\{m[1] or m[3]}", plain))
+
 # %% ../nbs/a3-records.ipynb #paired
 def paired(records, row, other, metric):
     """Return the mean difference of a metric, ``row`` less ``other``, over common seeds.
@@ -382,24 +632,28 @@ class Table:
     ----------
     header : sequence of str
     rows : sequence of sequence of Cell or str
+        Each text shows as it is; only what is ``Markdown`` already is not escaped.
     caption : str
     """
 
     def __init__(self, header, rows, caption=""):
         self.header, self.caption = list(header), caption
         self.rows = [
-            [c if isinstance(c, Cell) else Cell(str(c)) for c in row] for row in rows
+            [c if isinstance(c, Cell) else Cell(c if isinstance(c, str) else str(c))
+             for c in row]
+            for row in rows
         ]
 
     def __str__(self):
         lines = [self.header, *([c.text for c in row] for row in self.rows)]
+        lines = [[printable(text, 1000) for text in line] for line in lines]
         widths = [max(len(line[i]) for line in lines) for i in range(len(self.header))]
         body = [
             "  ".join(text.ljust(w) for text, w in zip(line, widths)).rstrip()
             for line in lines
         ]
         return "\n".join(
-            [self.caption] * bool(self.caption)
+            [printable(self.caption, 1000)] * bool(self.caption)
             + [body[0], "  ".join("-" * w for w in widths), *body[1:]]
         )
 
@@ -407,19 +661,17 @@ class Table:
 
     def to_markdown(self):
         """Return the table as Markdown, without links."""
-        lines = [self.header, ["---"] * len(self.header)]
-        lines += [[c.text for c in row] for row in self.rows]
-        escaped = ([text.replace("|", r"\|") for text in line] for line in lines)
-        return "\n".join("| " + " | ".join(line) + " |" for line in escaped)
+        lines = [self.header, *([c.text for c in row] for row in self.rows)]
+        lines = [[escape_markdown(text) for text in line] for line in lines]
+        lines.insert(1, ["---"] * len(self.header))
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
     def _repr_html_(self):
         def show(cell):
-            text = html.escape(cell.text)
-            return (
-                f'<td><a href="{html.escape(cell.link)}">{text}</a></td>'
-                if cell.link
-                else f"<td>{text}</td>"
-            )
+            text = html.escape(printable(cell.text, 1000))
+            if not cell.link or urlsplit(cell.link).scheme not in ("", "http", "https"):
+                return f"<td>{text}</td>"
+            return f'<td><a href="{html.escape(cell.link)}">{text}</a></td>'
 
         head = "".join(f'<th scope="col">{html.escape(h)}</th>' for h in self.header)
         body = "".join(

@@ -13,8 +13,12 @@ def sound(task="cifar10", row="adamw-30", size="full", seed=0, **changes):
     config = json.loads(json.dumps(dataclasses.asdict(it.config(row, size))))
     share = 1 / config.get("divide", [1])[0]                  # a curve is of the first group
     low, peak, epochs = share * config["lr"] / 10, share * max(config["lr"], config.get("head_lr", 0)), config["epochs"]
+    n = 2 * epochs                                            # two steps an epoch, up to the peak and down again
+    up = [min(i, n - 1 - i) / ((n - 1) // 2) for i in range(n)]
+    curve = {"step": list(range(n)), "loss": [2 / (1 + i // 2) for i in range(n)], "lr": [low + (peak - low) * u for u in up],
+             "momentum": [config["momentum"][0] + (config["momentum"][1] - config["momentum"][0]) * u for u in up]}
     history = [{"epoch": i + 1, "loss": 2 / (i + 1), "valid_loss": 1 / (i + 1) + draw.random() / 100,
-                "lr": peak, "momentum": config["momentum"][1], "seconds": 10.0, "valid_seconds": 1.0}
+                "lr": curve["lr"][2 * i + 1], "momentum": curve["momentum"][2 * i + 1], "seconds": 10.0, "valid_seconds": 1.0}
                for i in range(epochs)]
     metrics = {}
     if "error" in it.columns:
@@ -30,8 +34,7 @@ def sound(task="cifar10", row="adamw-30", size="full", seed=0, **changes):
     fields = {
         "task": task, "size": size, "row": row, "seed": seed, "config": config, "config_hash": config_hash(config),
         "recipe": it.recipe, "history": history,
-        "curve": {"step": [0, 1, 2], "loss": [2.3, 1.0, 0.5], "lr": [low, peak, low],
-                  "momentum": [*config["momentum"], config["momentum"][0]]},
+        "curve": curve,
         "metrics": metrics, "seconds": 11.0 * epochs + 2, "device": "a card",
         "precision": it.precision(it.config(row, size)),
         "versions": {"python": "3.12.1", "platform": "Linux x86_64", "torch": "2.15.0", "torchvision": "0.29.2", "nbutils": "0.1.0"},

@@ -52,39 +52,49 @@ def settings_changed_with_their_hash(fields):
 
 LIES = {
     "a better error": (set_in("metrics", "error", to=0.02), "metrics.error is 0.02, and after the last epoch it was 0.05"),
-    "an error in per cent": (set_in("metrics", "error", to=5.66), "metrics.error is 5.66, not from 0 to 1"),
+    "an error in per cent": (set_in("metrics", "error", to=5.66), "metrics.error is 5.66, not a number from 0.0 to 1.0"),
     "a better loss": (set_in("metrics", "loss", to=0.01), "metrics.loss is 0.01, and after the last epoch"),
-    "an error as text": (set_in("metrics", "error", to="0.05"), "metrics.error is '0.05', not a number"),
+    "an error as text": (set_in("metrics", "error", to="0.05"), "metrics.error is '0.05', not a finite number"),
     "a figure less": (lambda f: f["metrics"].pop("loss"), "metrics.loss is missing, and its row measures it"),
-    "a NaN": (set_in("metrics", "loss", to=math.nan), "metrics.loss is nan"),
+    "a NaN": (set_in("metrics", "loss", to=math.nan), "metrics.loss is nan, not a finite number"),
     "an infinity in the history": (set_in("history", 3, "loss", to=math.inf), "history[3].loss is inf"),
     "settings without their hash": (set_in("config", "lr", to=0.01), "the settings hash to"),
     "settings with their hash": (settings_changed_with_their_hash, "the learning rate of the curve peaks at 0.003, that of the settings at 0.01"),
     "a truncated history": (lambda f: f["history"].pop(), "the history has 29 epochs, and the settings ask for 30"),
     "an epoch twice": (lambda f: f["history"].insert(4, f["history"].pop(3)), "history[3].epoch is 5, not 4"),
-    "an epoch without its loss": (lambda f: f["history"][2].pop("loss"), "history[2] lacks one of"),
-    "text in the history": (set_in("history", 2, "loss", to="low"), "history[2] has an entry that is no number"),
+    "an epoch without its loss": (lambda f: f["history"][2].pop("loss"), "the field history[2].loss is missing"),
+    "text in the history": (set_in("history", 2, "loss", to="low"), "history[2].loss is 'low', not a finite number"),
     "no history": (set_in("history", to=[]), "the history has 0 epochs"),
     "an epoch in no time": (set_in("history", 0, "seconds", to=0.0), "history[0] took no time"),
     "fewer seconds": (set_in("seconds", to=12.0), "seconds is 12.0, and the epochs took 330.0"),
-    "an uneven curve": (lambda f: f["curve"]["lr"].pop(), "curve does not have step, loss, lr and momentum"),
-    "a curve that goes back": (set_in("curve", "step", to=[0, 2, 1]), "curve.step does not rise from 0"),
+    "an uneven curve": (lambda f: f["curve"]["lr"].pop(), "curve does not have step, loss, lr and momentum at the same steps"),
+    "a curve that goes back": (lambda f: f["curve"]["step"].reverse(), "curve.step does not rise from 0"),
     "another momentum": (set_in("curve", "momentum", 0, to=0.99), "the momentum of the curve goes from 0.85 to 0.99"),
+    "a better loss in the middle": (set_in("history", 3, "loss", to=0.05), "history[3].loss is 0.05, and its steps had 0.4 to 0.667"),
+    "a valid loss beyond any": (set_in("history", 3, "valid_loss", to=1e300), "history[3].valid_loss is 1e+300, not a number from 0.0 to"),
+    "an accuracy of seven": (set_in("history", 3, "accuracy", to=7), "history[3].accuracy is 7, not a number from 0.0 to 1.0"),
+    "a rate that the curve did not have": (set_in("history", 3, "lr", to=5), "history[3].lr is 5, and the curve is between"),
+    "a momentum below zero": (set_in("history", 3, "momentum", to=-3), "history[3].momentum is -3, not a number from 0.0"),
+    "a momentum that the curve did not have": (set_in("history", 3, "momentum", to=0.95), "history[3].momentum is 0.95, and the curve is between"),
+    "a loss of the curve": (set_in("curve", "loss", 5, to=-1.0), "curve.loss[5] is -1.0, not a number from 0.0"),
+    "a column more": (set_in("history", 3, "f1", to=0.5), "the field history[3].f1 is unknown"),
+    "a figure more": (set_in("metrics", "f1", to=0.5), "the field metrics.f1 is unknown"),
     "another row": (set_in("row", to="sgd-30"), "row is 'sgd-30', but its settings say 'adamw-30'"),
-    "a row that leaves the folder": (lambda f: (f.update(row="../../x"), f["config"].update(row="../../x"), rehash(f)), "no name of a folder"),
+    "a row that leaves the folder": (lambda f: (f.update(row="../../x"), f["config"].update(row="../../x"), rehash(f)), "row is '../../x', not a name of letters, digits"),
     "another size": (set_in("size", to="colab"), "size is 'colab', but its settings say 'full'"),
     "an unknown task": (lambda f: (f.update(task="cifar11"), f["config"].update(task="cifar11"), rehash(f)), "unknown task 'cifar11'"),
-    "a seed that is a truth value": (set_in("seed", to=True), "seed is True, where int is expected"),
-    "a negative seed": (set_in("seed", to=-1), "seed -1"),
+    "a seed that is a truth value": (set_in("seed", to=True), "seed is True, not a whole number from 0 to "),
+    "a negative seed": (set_in("seed", to=-1), "seed is -1, not a whole number from 0 to "),
     "a field less": (lambda f: f.pop("device"), "the field device is missing"),
     "a field more": (set_in("note", to="trust me"), "the field note is unknown"),
-    "an empty device": (set_in("device", to=" "), "device is empty"),
-    "versions without torch": (lambda f: f["versions"].pop("torch"), "versions.torch is missing"),
+    "an empty device": (set_in("device", to=" "), "device is ' ', not a line of at most 100 letters"),
+    "versions without torch": (lambda f: f["versions"].pop("torch"), "the field versions.torch is missing"),
     "a precision that does not exist": (set_in("precision", to="fp8"), "precision is 'fp8'"),
     "a commit that is none": (set_in("commit", to="main"), "commit is 'main', not 40 hexadecimal digits"),
     "a code hash that is none": (set_in("code_hash", to="?"), "code_hash is '?'"),
     "a start to come": (set_in("started", to="2999-01-01T00:00:00+00:00"), "started is 2999-01-01T00:00:00+00:00, which is still to come"),
     "a start without a zone": (set_in("started", to="2026-11-26T10:00:00"), "not a time with its zone"),
+    "a day that there is not": (set_in("started", to="2026-02-30T10:00:00+00:00"), "and there is no such time"),
     "a start that is no time": (set_in("started", to="yesterday"), "not a time with its zone"),
 }
 
@@ -99,7 +109,7 @@ def test_lie(name, tmp_path):
 
 
 @pytest.mark.parametrize("text, said", [
-    ("{", "not JSON"), ("[]", "a JSON object was expected"), ("null", "a JSON object was expected"), ("{}", "the field task is missing")])
+    ("{", "not JSON"), ("[]", "it is [], where named fields are expected"), ("null", "it is None, where named fields"), ("{}", "the field task is missing"), ('{"seed": 1, "seed": 2}', "a name stands twice")])
 def test_no_record(text, said, tmp_path):
     path = tmp_path / "7.json"
     path.write_text(text)
@@ -114,6 +124,11 @@ def test_perplexity_that_its_history_denies(tmp_path):
     fields["metrics"]["valid"] *= 0.8
     (problem,) = check_record(write(tmp_path, fields)).problems
     assert problem.startswith("metrics.valid is ") and "after the last epoch it was" in problem
+    for name, to in (("valid_2018", 2.0), ("test_2018", 2.0), ("valid_cache", 0.5)):
+        fields = sound("wikitext2", "lstm-adam", "laptop")
+        fields["metrics"][name] = to
+        (problem,) = check_record(write(tmp_path, fields)).problems
+        assert problem.startswith(f"metrics.{name} is {to:g}, ")
 
 
 def test_stale_is_no_lie(tmp_path):
@@ -140,7 +155,7 @@ def test_its_place_among_others(tmp_path):
     sent = write(tmp_path, sound(seed=0), name="0.json")
     assert check_record(sent, here).counts                                             # the very same: nothing to object to
     other = sound(seed=0)
-    other["history"][0]["loss"] = 1.75
+    other["history"][0]["loss"] = 1.75                                                 # its steps had 1 to 2
     write(tmp_path, other, name="0.json")
     (problem,) = check_record(sent, here).problems
     assert problem == f"there is another record at {own}: take a seed that is free"
@@ -201,10 +216,10 @@ def test_any_value_in_any_place_ends_in_a_sentence(cell, tmp_path):
 
 
 @pytest.mark.parametrize("where, to, said", [
-    (("config", "lr"), "0.003", "the settings' lr is '0.003', where a number is expected"),
-    (("config", "momentum"), 0.9, "the settings' momentum is 0.9, where a list of numbers is expected"),
-    (("curve", "lr", 1), None, "curve.lr is no list of numbers"),
-    (("metrics", "loss"), 10**400, "metrics.loss has 401 digits, which is no result")],
+    (("config", "lr"), "0.003", "the settings' lr is '0.003', not a finite number"),
+    (("config", "momentum"), 0.9, "the settings' momentum is 0.9, where a list is expected"),
+    (("curve", "lr", 1), None, "curve.lr[1] is None, not a finite number"),
+    (("metrics", "loss"), 10**400, "metrics.loss is a number of 401 digits, not a finite number")],
     ids=["rate", "momentum", "curve", "digits"])
 def test_what_is_no_number_is_named(where, to, said, tmp_path):
     fields = edited(set_in(*where, to=to))
@@ -213,11 +228,12 @@ def test_what_is_no_number_is_named(where, to, said, tmp_path):
 
 
 def test_divisors_of_rates_are_looked_at(tmp_path):
-    for to in ([], [0, 3, 1], 9, ["9", 3, 1]):
+    for to, said in (([], " has 0 entries"), ([0, 3, 1], "[0] is 0, not a number from"), (9, " is 9, where a list is expected"),
+                     (["9", 3, 1], "[0] is '9', not a number")):
         fields = copy.deepcopy(sound("cars", "crops-adamw", "laptop", 3))
         fields["config"]["divide"] = to
         rehash(fields)
-        assert f"the settings' divide is {to!r}, where a list of numbers is expected" in str(check_record(write(tmp_path, fields)))
+        assert f"the settings' divide{said}" in str(check_record(write(tmp_path, fields)))
 
 
 def test_a_file_nested_too_deep_is_no_record(tmp_path):

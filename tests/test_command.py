@@ -58,7 +58,7 @@ def make_record(row="adamw-30", size="smoke", seed=0, error=0.0571, **changes):
     fields = dict(
         task="cifar10", size=size, row=row, seed=seed, config=config, config_hash=config_hash(config), recipe=task.recipe, history=[],
         curve={}, metrics={"error": error, "loss": 0.1}, seconds=1.0, device="d", precision=task.precision(task.config(row, size)), versions={}, commit="c",
-        code_hash="h", started="2026-11-23T12:00:00+00:00")
+        code_hash="0" * 16, started="2026-11-23T12:00:00+00:00")
     return records.Record(**fields | changes)
 
 

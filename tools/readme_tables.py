@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tools")]
 import speed_page  # noqa: E402
 from nbutils import verdicts as judging  # noqa: E402
 from nbutils.experiment import get_task  # noqa: E402
-from nbutils.records import Cell, Table, mean_interval  # noqa: E402
+from nbutils.records import Cell, Markdown, Table, mean_interval  # noqa: E402
 from nbutils.verdicts import CLAIMS, VERDICTS, ledger, tally  # noqa: E402
 
 RECORDS = ROOT / "book" / "records"
@@ -56,12 +56,12 @@ def cells():
     task, rows = get_task("cifar10"), []
     records = task.records("full", RECORDS)
     for kind, start in (("AdamW", "adamw-30"), ("Adam with L2", "adam-l2-30")):
-        row = [f"**{kind}**"]
+        row = [Markdown(f"**{kind}**")]
         for name in (start, f"{start}-amsgrad"):
             values = [100 * r.metrics["error"] for r in records if r.row == name]
             text = mean_interval(values).format(2).replace(" ", "\u00a0") if values else "not run"
             mine = f"[{text} (n\u00a0=\u00a0{len(values)})](#cifar10-full-{name})" if values else text
-            row += [mine, task.published[name]["error"]]
+            row += [Markdown(mine), task.published[name]["error"]]
         rows.append(row)
     return Table(["test error, %", "ours", "article", "with amsgrad, ours", "article"], rows).to_markdown()
 
