@@ -67,7 +67,7 @@ verify: $(READY)  ## check every record, and every table cell against the record
 book: export verify records  ## build the book; warnings are errors
 	$(BIN)/jupyter-book build . --all -W -n --keep-going
 	@mkdir -p book/records; rm -rf $(SITE)/records
-	cp -R book/records $(SITE)/records
+	cp -RP book/records $(SITE)/records        # -P: a link stays a link, and the last line refuses it
 	$(BIN)/python tools/check_site.py $(SITE)
 	$(BIN)/python tools/verify_records.py --site $(SITE)
 	@echo

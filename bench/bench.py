@@ -100,9 +100,10 @@ def epoch_seconds(found, contender, evaluated=False):
 
 
 def load_records(folder=RECORDS):
-    """All records, newest first."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in Path(folder).glob("*.json")]
-    return sorted(found, key=lambda record: record["started"], reverse=True)
+    """All records, newest first; each has its form (forms.py)."""
+    import forms  # here: it imports torch, and frame.py chooses the threads before that
+
+    return sorted(forms.read_all(folder), key=lambda record: record["started"], reverse=True)
 
 
 # --- the machine ---------------------------------------------------------------------------------

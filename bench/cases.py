@@ -85,10 +85,12 @@ def choose(found, plain, views, images, size, each):
 
 def same_as_record(task, config, seed, metrics):
     """Whether the run's record has these metrics; None where there is no record."""
+    from nbutils.records import read_record
+
     path = RECORDS / config.task / config.size / config.row / f"{seed}.json"
     if not path.exists():
         return None
-    return json.loads(path.read_text())["metrics"] == metrics
+    return read_record(path).metrics == metrics
 
 
 def main(argv=None):

@@ -89,8 +89,10 @@ def measure(config, seed, device, tokens):
 
 
 def load_samples(folder=RECORDS):
-    """All records of samples, by name."""
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json"))}
+    """All records of samples, by name; each has its form (forms.py)."""
+    import forms  # here: it imports torch, and main() chooses the threads before that
+
+    return {record["name"]: record for record in forms.read_all(folder)}
 
 
 def arguments(argv=None):

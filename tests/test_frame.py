@@ -80,9 +80,13 @@ def test_steal_is_a_share():
 
 
 def test_the_newest_of_each_machine_counts(tmp_path):
-    def put(name, started, cpu, gpu=None):
-        record = {"name": name, "started": started, "machine": {"cpu": cpu, "gpu": gpu}}
-        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    folder = tmp_path / "steps"
+    folder.mkdir()
+    whole = json.loads((ROOT / "book/records/steps/2026-11-26-nvidia-h200.json").read_text("utf-8"))
+
+    def put(name, year, cpu, gpu=None):
+        record = whole | {"name": name, "started": f"{year}-01-01T00:00:00+00:00", "machine": whole["machine"] | {"cpu": cpu, "gpu": gpu}}
+        (folder / f"{name}.json").write_text(json.dumps(record))
 
     put("old", "2020", "x"), put("new", "2022", "x"), put("card", "2021", "x", "y")
-    assert [record["name"] for record in frame.newest(tmp_path)] == ["new", "card"]
+    assert [record["name"] for record in frame.newest(folder)] == ["new", "card"]

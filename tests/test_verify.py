@@ -2,6 +2,7 @@
 import copy
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -29,7 +30,7 @@ def true_book(tmp_path_factory):
     root = tmp_path_factory.mktemp("book")
     for row, seed in CELLS:
         write(root / "book/records", sound(row=row, seed=seed))
-    write(root / "book/records", {"name": "x"}, name="bench/2026-11-23-x.json")
+    shutil.copytree(ROOT / "book/records/bench", root / "book/records/bench")
     (root / "README.md").write_text(f"# A book\n\n<!-- table:cifar10:full -->\n{tables(root).to_markdown()}\n<!-- /table -->\n")
     html = tables(root, caption="Size full")._repr_html_().replace("Size full", "A net, size full")
     output = {"output_type": "display_data", "data": {"text/html": [html]}, "metadata": {}}
@@ -115,6 +116,15 @@ def copied(book):
     write(book / "book/records", fields)
 
 
+def in_benchmark(book, **changes):
+    (path,) = (book / "book/records/bench").iterdir()
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def link(book, place, target):
+    (book / "book/records" / place).symlink_to(target)
+
+
 LIES = {  # name: (what is done to the book, what each of these problems must say)
     "a mean in README": (changed("README.md", r"\| adamw-30 \| \d\.\d", "| adamw-30 | 4.9"),
                          ["README.md", "row adamw-30, column 'error, %'", "shows '4.9", "the records give '5."]),
@@ -147,8 +157,23 @@ LIES = {  # name: (what is done to the book, what each of these problems must sa
     "what a killed run left": (lambda book: (book / "book/records/cifar10/full/adamw-30/.7.json.x.part").write_text("x"), [".7.json.x.part: not named by its seed"]),
     "a seed with a zero before it": (lambda book: write(book / "book/records", sound(seed=7), name="cifar10/full/adamw-30/07.json"), ["07.json: not named by its seed"]),
     "a record one folder too high": (lambda book: write(book / "book/records", sound(seed=7), name="cifar10/full/7.json"), ["not at task/size/row/seed.json"]),
-    "an unknown folder": (lambda book: write(book / "book/records", sound(), name="cifar11/full/adamw-30/0.json"), ["cifar11: an unknown folder"]),
-    "a benchmark that holds a NaN": (lambda book: write(book / "book/records", {"ms": math.nan}, name="bench/x.json"), ["bench/x.json: not a record: it holds NaN"]),
+    "an unknown folder": (lambda book: write(book / "book/records", sound(), name="cifar11/full/adamw-30/0.json"), ["cifar11: neither a task nor a benchmark"]),
+    "an unknown file": (lambda book: (book / "book/records/index.html").write_text("x"), ["index.html: neither a task nor a benchmark"]),
+    "a benchmark that holds a NaN": (lambda book: in_benchmark(book, seconds=math.nan), ["2-threads.json: not a record: seconds is nan, not a number from"]),
+    "a benchmark under another name": (lambda book: in_benchmark(book, name="x"), ["2-threads.json: not a record: name is 'x', and the file's is '2026-"]),
+    "a benchmark's picture": (lambda book: (book / "book/records/bench/x.png").write_text("x"), ["bench/x.png: not a .json file in the folder's root"]),
+    "a folder of a benchmark": (lambda book: (book / "book/records/bench/x.json").mkdir(), ["bench/x.json: not a .json file in the folder's root"]),
+    "a link to a record": (lambda book: link(book, "cifar10/full/adamw-30/7.json", "3.json"), ["adamw-30/7.json: a symbolic link, whose target would be published"]),
+    "a link to a folder": (lambda book: link(book, "cifar10/full/etc", "/etc"), ["cifar10/full/etc: a symbolic link"]),
+    "a link to a folder at the top": (lambda book: link(book, "cars", "/etc"), ["cars: a symbolic link"]),
+    "a link that leads nowhere": (lambda book: link(book, "bench/x.json", "nowhere"), ["bench/x.json: a symbolic link"]),
+    "a link in the place of all": (lambda book: ((book / "book/records").rename(book / "kept"), link(book, "", "../kept")), [".: a symbolic link"]),
+    "a pipe": (lambda book: os.mkfifo(book / "book/records/cifar10/full/adamw-30/7.json"), ["adamw-30/7.json: neither a file nor a folder"]),
+    "a link on the site": (lambda book: (book / "site/records/etc").symlink_to("/etc"), ["site/records/etc: no record that was checked"]),
+    "a stray file on the site": (lambda book: (book / "site/records/x.json").write_text("{}"), ["site/records/x.json: no record that was checked"]),
+    "a script that was set aside": (lambda book: write(book / "book/records", sound(seed=2, device="<script>"), name="cifar10/full/adamw-30/2.recipe1-0123456789abcdef.json"),
+                                    ["0123456789abcdef.json: device is '<script>'"]),
+    "a table without its marks": (changed("README.md", r"<!-- /?table.*-->\n?", "", count=2), ["README.md: a table of runs without its marks"]),
 }
 
 

@@ -4,30 +4,36 @@
     python tools/verify_records.py                     records, README.md, the stored notebooks
     python tools/verify_records.py --site _build/html  the built pages too
 
-Each record is held against itself and against its row (nbutils.checks). The tables are then computed
+Each record is held against its form, against itself and against its row (nbutils.checks, bench/forms.py); whatever else
+lies among them, a link above all, is named. The tables are then computed
 again from the JSON files, past nbutils.records: another mean, scipy's quantile of Student's t, other
 rounding. A cell that shows something else is named with file, row, column and both values, and the
 exit status is 1. Records of settings or recipes that are no longer a row's are listed; that is no error.
 """
 import argparse
 import hashlib
+import itertools
 import json
 import math
+import os
 import re
+import stat
 import statistics
+import sys
 from dataclasses import asdict, dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
 
 from scipy.stats import t as student
 
-from nbutils.checks import check_record
-from nbutils.experiment import SIZES, TASKS, get_task
-
 ROOT = Path(__file__).resolve().parent.parent
-# Folders beside the tasks' own, whose records have forms of their own (see bench/).
-OTHERS = ("bench", "cache", "cases", "conformance", "counterexamples", "decode", "epochs", "loss", "qrnn", "samples",
-          "steps")
+sys.path.insert(0, str(ROOT / "bench"))
+
+import forms  # noqa: E402  (bench/forms.py)
+from nbutils.checks import check_record  # noqa: E402
+from nbutils.experiment import SIZES, TASKS, get_task  # noqa: E402
+from nbutils.records import printable, read_json, record_problems  # noqa: E402
+
 ASIDE = re.compile(r"\d+(\.(bf16|fp16|fp32|recipe\d+-[0-9a-f]{16}))+(-\d+)?\.json")   # of other settings or another precision
 BLOCK = re.compile(r"<!-- table:(\w+):(\w+)(?::([\w-]+))? -->\n(.*?)<!-- /table -->", re.S)
 LINK = re.compile(r"runs\.html#(\w+?)-(\w+?)-(.+)")
@@ -35,30 +41,40 @@ PUBLISHED = ", published"
 
 
 # --- records -------------------------------------------------------------------------------------
+def entries(folder):
+    """Yield (path, mode) of everything below a folder; links are not followed."""
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        mode = entry.stat(follow_symlinks=False).st_mode
+        yield Path(entry.path), mode
+        if stat.S_ISDIR(mode):
+            yield from entries(entry.path)
+
+
+def kind_problem(mode):
+    if stat.S_ISLNK(mode):
+        return "a symbolic link, whose target would be published: put the file itself there, or take it away"
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        return "neither a file nor a folder: take it away"
+    return None
+
+
 def walk(folder):
-    """Yield (path, problem or None) of everything in the folder of records."""
-    for place in sorted(folder.iterdir()):
-        if place.name in OTHERS:
-            for path in sorted(place.rglob("*")):
-                yield path, other_problem(path)
-        elif place.name not in TASKS:
-            yield place, "an unknown folder: name it in OTHERS of tools/verify_records.py, or take it away"
-        else:
-            for path in sorted(p for p in place.rglob("*") if not p.is_dir()):
-                yield path, name_problem(path.relative_to(folder))
-
-
-def other_problem(path):
-    if path.is_dir() or path.suffix != ".json":
-        return "not a .json file in the folder's root"
-    try:
-        json.loads(path.read_text(encoding="utf-8"), parse_constant=nonfinite)
-    except ValueError as error:
-        return f"not a record: {error}"
-
-
-def nonfinite(text):
-    raise ValueError(f"it holds {text}")
+    """Yield (path, problem or None) of everything in the folder of records but the folders that may be there."""
+    if problem := kind_problem(os.lstat(folder).st_mode):
+        yield folder, problem
+        return
+    for path, mode in entries(folder):
+        below, is_folder = path.relative_to(folder), stat.S_ISDIR(mode)
+        of, deep = below.parts[0], len(below.parts)
+        if problem := kind_problem(mode):
+            yield path, problem
+        elif of not in (*TASKS, *forms.FORMS):
+            if deep == 1:
+                yield path, "neither a task nor a benchmark: give it a form in bench/forms.py, or take it away"
+        elif of in forms.FORMS and (deep > 2 or is_folder == (deep == 2) or deep == 2 and path.suffix != ".json"):
+            yield path, "not a .json file in the folder's root"
+        elif not is_folder:
+            yield path, None if of in forms.FORMS else name_problem(below)
 
 
 def name_problem(path):
@@ -76,6 +92,7 @@ class Found:
     problems: list = field(default_factory=list)
     stale: list = field(default_factory=list)
     records: list = field(default_factory=list)
+    files: list = field(default_factory=list)
     others: int = 0
     unread: list = field(default_factory=list)
     tables: int = 0
@@ -84,13 +101,17 @@ class Found:
 
 def read(folder, found):
     for path, problem in walk(folder):
-        shown = path.relative_to(folder).as_posix()
+        below = path.relative_to(folder)
+        shown = printable(below.as_posix())
+        found.files.append(below)
         if problem:
             found.problems.append(f"{shown}: {problem}")
-        elif path.relative_to(folder).parts[0] in OTHERS:
+        elif below.parts[0] in forms.FORMS:
             found.others += 1
+            found.problems += [f"{shown}: not a record: {p}" for p in itertools.islice(forms.problems(path), 20)]
         elif ASIDE.fullmatch(path.name):
             found.stale.append(f"{shown}: set aside")
+            found.problems += [f"{shown}: {p}" for p in form_problems(path)]
         else:
             verdict = check_record(path, folder)
             found.problems += [f"{shown}: {p}" for p in verdict.problems]
@@ -103,6 +124,14 @@ def read(folder, found):
                     found.stale.append(f"{shown}: {verdict.stale}")
                 else:
                     found.records.append(record)
+
+
+def form_problems(path):
+    """What is wrong with the form of a record of a run: of one that was set aside, nothing else is asked."""
+    try:
+        return list(itertools.islice(record_problems(read_json(path)), 20))
+    except ValueError as error:
+        return [str(error)]
 
 
 def digest(config):
@@ -183,12 +212,19 @@ def check_table(where, name, size, header, rows, found):
 
 
 # --- tables in Markdown and HTML -----------------------------------------------------------------
+def cells_in(line):
+    """The texts of a line of a Markdown table, without the backslashes that escape something."""
+    return [re.sub(r"\\([!-/:-@[-`{-~])", r"\1", cell.strip()) for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+
+
 def check_readme(path, found):
     text = path.read_text(encoding="utf-8")
     blocks = BLOCK.findall(text)
+    for line in BLOCK.sub("", text).splitlines():
+        if line.startswith("|") and list(task_of(cells_in(line))):
+            found.problems.append(f"{path.name}: a table of runs without its marks, so nobody checks it: {line}")
     for name, size, prefix, block in blocks:
-        lines = [[c.strip().replace(r"\|", "|") for c in re.split(r"(?<!\\)\|", line)[1:-1]]
-                 for line in block.strip().splitlines()]
+        lines = [cells_in(line) for line in block.strip().splitlines()]
         header, rows = lines[0], lines[2:]
         check_table(path.name, name, size, header, rows, found)
         shown = {line[0] for line in rows}
@@ -287,9 +323,13 @@ def check_site(site, folder, found):
         name = f"{r['task']}/{r['size']}/{r['row']}/{r['seed']}.json"
         if name not in linked:
             found.problems.append(f"book/runs.html: {name} is not shown")
-        copy = site / "records" / name
-        if not copy.exists() or copy.read_bytes() != (folder / name).read_bytes():
-            found.problems.append(f"{site}/records/{name}: missing, or not the record that was checked")
+    below = site / "records"
+    copies = {path.relative_to(below): mode for path, mode in entries(below) if not stat.S_ISDIR(mode)} if below.is_dir() else {}
+    for name in sorted(copies.keys() | set(found.files)):
+        copy, checked = below / name, name in found.files
+        if not checked or not stat.S_ISREG(copies.get(name, 0)) or copy.read_bytes() != (folder / name).read_bytes():
+            found.problems.append(f"{site}/records/{printable(name)}: " + (
+                "missing, or not the record that was checked" if checked else "no record that was checked: take it away"))
 
 
 def verify(root, site=None):
@@ -314,7 +354,7 @@ def main():
         print(f"counts in no table: {line}")
     for line in found.unread:
         print(f"links to runs in a form of its own, which `make test` computes again: {line}")
-    print(*found.problems, sep="\n", end="\n" if found.problems else "")
+    print(*(printable(problem, 1000) for problem in found.problems), sep="\n", end="\n" if found.problems else "")
     print(f"{len(found.records)} records that count, {len(found.stale)} that do not, {found.others} of other kinds; "
           f"{found.cells} cells in {found.tables} tables; {len(found.problems)} problems")
     if found.problems:
