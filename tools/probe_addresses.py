@@ -7,6 +7,7 @@ One question an address (HEAD, or the first byte where HEAD is refused); its len
 is known. Exit status 1 if an address does not answer as it should. Needs nothing but Python.
 """
 import argparse
+import re
 import sys
 import time
 import urllib.error
@@ -48,7 +49,7 @@ def ask(url, method, timeout):
         if method == "GET" and not reply.read(1):
             return Answer(0, "it is empty")
         total = reply.headers.get("Content-Range", "").rpartition("/")[2] or reply.headers.get("Content-Length", "")
-        return Answer(int(total) if total.isdigit() else None, "")
+        return Answer(int(total) if re.fullmatch(r"[0-9]{1,15}", total) else None, "")
 
 
 def probe(url, length=None, *, timeout=30, tries=3, pause=10):
@@ -78,6 +79,14 @@ def probe(url, length=None, *, timeout=30, tries=3, pause=10):
     return answer
 
 
+def quoted(text):
+    """What a server said, as code in Markdown: one line of ASCII, cut short, that cannot end the code or its cell.
+
+    The text goes into an issue, where a name behind @ calls a person and a picture calls its server.
+    """
+    return f"`{re.sub(r'[^ -~]|[`|]', '?', text[:100]).strip() or '?'}`"
+
+
 def report(results):
     """The results as Markdown, the worst first."""
     lost = [name for name in dict.fromkeys(name for name, *_ in results)
@@ -86,7 +95,7 @@ def report(results):
     lines += ["", "| what | address | |", "| --- | --- | --- |"] if results else []
     for name, url, answer in sorted(results, key=lambda r: not r[2].wrong):
         length = "no length told" if answer.length is None else f"{answer.length:,} bytes"
-        lines.append(f"| {name} | {url} | {answer.wrong.replace('|', '/') or f'answers, {length}'} |")
+        lines.append(f"| {name} | {url} | {quoted(answer.wrong) if answer.wrong else f'answers, {length}'} |")
     return "\n".join(lines).strip() + "\n"
 
 

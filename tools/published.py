@@ -44,7 +44,7 @@ def wrong(base, commit, timeout):
             with urllib.request.urlopen(url, timeout=timeout) as reply:
                 mark = FOUND.search(reply.read().decode("utf-8", "replace"))
         except OSError as error:
-            return f"{name}: {error}"
+            return f"{name}: {ascii(str(error)[:200])[1:-1]}"
         if mark is None:
             return f"{name} shows no commit"
         if mark[1] != commit:

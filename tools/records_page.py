@@ -5,10 +5,12 @@ A section for each task, size and row, with the anchor `task-size-row` that tabl
 line for each seed with a link to its record. The page is made by `make book` and not committed.
 """
 import argparse
+import re
 from collections import defaultdict
 from pathlib import Path
 
-from nbutils.records import mean_interval, read_records
+from markup import code, heading, record_link, table  # tools/markup.py
+from nbutils.records import escape_markdown, mean_interval, read_records
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "book" / "records"
@@ -39,14 +41,8 @@ def duration(seconds):
     return f"{minutes:.1f}\u00a0min" if minutes < 120 else f"{minutes / 60:.1f}\u00a0h"
 
 
-def heading(name):
+def spaced(name):
     return name.replace("_", " ")
-
-
-def table(header, rows):
-    """A Markdown table; bars in cells are escaped."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |" for line in lines)
 
 
 def metric_names(records):
@@ -62,14 +58,14 @@ def summary(records):
         if values:
             share = any(word in name for word in ("error", "accuracy"))
             interval = mean_interval([100 * v for v in values] if share else values)
-            parts.append(f"{heading(name)} {interval.format(2 if share else 4)}{' %' if share else ''}"
+            parts.append(f"{escape_markdown(spaced(name))} {interval.format(2 if share else 4)}{' %' if share else ''}"
                          f" (n = {interval.n})")
     return "Mean: " + ", ".join(parts) + "." if parts else ""
 
 
 def columns(r):
     """What else is said of a run: heading to text."""
-    commit = f"`{r.commit[:10]}{'+' if r.commit.endswith('+') else ''}`" if r.commit else "–"
+    commit = code(f"{r.commit[:10]}{'+' if r.commit.endswith('+') else ''}") if r.commit else "–"
     return {"device": r.device, "precision": r.precision, "torch": r.versions.get("torch", "–"),
             "commit": commit, "date": r.started[:10]}
 
@@ -78,14 +74,14 @@ def runs_table(records):
     """Mean and what the runs have in common as sentences, then a line for each seed."""
     names, others = metric_names(records), [columns(r) for r in records]
     common = {k for k in others[0] if len({o[k] for o in others}) == 1}
-    same = ", ".join(f"{k} {v}" for k, v in others[0].items() if k in common)
-    text = (f"{summary(records)} Settings `{records[0].config_hash}`, recipe {records[0].recipe}"
+    same = ", ".join(f"{k} {escape_markdown(v)}" for k, v in others[0].items() if k in common)
+    text = (f"{summary(records)} Settings {code(records[0].config_hash)}, recipe {escape_markdown(records[0].recipe)}"
             f"{'; ' + same if same else ''}.")
     varied = [k for k in others[0] if k not in common]
     rows = [[r.seed, *(figure(n, r.metrics.get(n)) for n in names), duration(r.seconds),
-             *(o[k] for k in varied), f'<a href="../records/{r.path.as_posix()}">record</a>']
+             *(o[k] for k in varied), record_link(r.path.as_posix())]
             for r, o in zip(records, others)]
-    return [text.strip(), table(["seed", *map(heading, names), "time", *varied, ""], rows)]
+    return [text.strip(), table(["seed", *map(spaced, names), "time", *varied, ""], rows)]
 
 
 def section(records):
@@ -94,7 +90,8 @@ def section(records):
     for r in records:
         kinds[r.config_hash, r.recipe].append(r)
     first = records[0]
-    parts = [f"({first.task}-{first.size}-{first.row})=\n### {first.row}"]
+    anchor = re.sub(r"[^A-Za-z0-9_.+-]", "-", f"{first.task}-{first.size}-{first.row}")
+    parts = [f"({anchor})=\n### {heading(first.row)}"]
     for runs in kinds.values():
         parts += runs_table(runs)
     return parts
@@ -110,7 +107,7 @@ def page(records):
         task, _, size, _ = key
         if (task, size) != shown:
             shown = task, size
-            parts.append(f"## {task}, {size}")
+            parts.append(f"## {heading(task)}, {heading(size)}")
         parts += section(rows[key])
     return "\n\n".join(parts if rows else [HEAD, EMPTY]).rstrip() + "\n"
 
@@ -118,7 +115,7 @@ def page(records):
 def all_records(folder):
     """The records of every task; benchmarks have a page and a form of their own."""
     tasks = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
-    return [r for task in tasks if task != "bench" for r in read_records(folder, task)]
+    return [r for task in tasks for r in read_records(folder, task)]
 
 
 def main():

@@ -12,12 +12,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "book" / "records" / "bench"
 PAGE = ROOT / "book" / "speed.md"
-sys.path.insert(0, str(ROOT / "bench"))
+sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tools")]
 
 from bench import epoch_seconds, find, load_records, median, ratios  # noqa: E402
 import decode  # noqa: E402
 import epochs  # noqa: E402
 import steps  # noqa: E402
+from markup import code, heading, record_link, table  # noqa: E402  (tools/markup.py)
+from nbutils.records import escape_markdown as plain  # noqa: E402
 
 GOAL = 1.02                # our Learner over the plain loop, fed alike
 NAMES = {"plain": "plain loop", "learner": "our Learner", "fastai": "fastai's Learner",
@@ -46,11 +48,6 @@ DECODE = """## From files to one tensor
 EPOCHS = """## Epochs of the larger models
 
 `make bench-epochs` times training epochs of [chapter 16](../nbs/16-wikitext-2.ipynb)'s AWD-LSTM and QRNN and of [chapter 12](../nbs/12-cars.ipynb)'s whole net through the tasks' own Learners: on a GPU at full size, after a warm-up epoch, one run alone and several at once; on a CPU at laptop size. Each run is a process. Seconds are of training alone, median with the smallest and largest of n epochs; the rate is one run's; *together* counts all runs' over their common time, evaluations included. Memory is what torch allocated at most on a GPU, and the process' peak on a CPU. The goals, in seconds of an epoch at full size: {goals}."""
-
-
-def table(header, rows):
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def spread(values):
@@ -120,22 +117,22 @@ def section(found, quiet):
     """One set: what was run, the verdicts (if the machine was quiet), two tables."""
     title = f"### {'CPU' if found['device'] == 'cpu' else 'GPU'}"
     if found["not_run"]:
-        return f"{title}\n\n*Not run*: {found['not_run']}."
+        return f"{title}\n\n*Not run*: {plain(found['not_run'])}."
     trial = found["loader_trial"]
-    chosen = f"loader processes: {found['loader_workers']}"
+    chosen = f"loader processes: {plain(found['loader_workers'])}"
     if trial:
-        chosen += " (the fastest in a trial: " + ", ".join(f"{n} took {s:.2f} s" for n, s in trial.items()) + ")"
+        chosen += " (the fastest in a trial: " + ", ".join(f"{plain(n)} took {s:.2f} s" for n, s in trial.items()) + ")"
     used = found["settings"]
-    about = (f"{found['net']} ({found['parameters']:,} parameters{', compiled' if found['compiled'] else ''}) on "
-             f"{found['device_name']}; {used['images']:,} training and {used['test_images']:,} test images a "
-             f"round in batches of {used['batch_size']}, threads of each: {used['threads']}; {chosen}.")
+    about = (f"{plain(found['net'])} ({found['parameters']:,} parameters{', compiled' if found['compiled'] else ''}) on "
+             f"{plain(found['device_name'])}; {used['images']:,} training and {used['test_images']:,} test images a "
+             f"round in batches of {used['batch_size']:,}, threads of each: {used['threads']:,}; {chosen}.")
     losses = [r["loss"] for c in found["contenders"] for r in c["rounds"][-1:]]
     agree = f"After the last round all contenders' test losses lay between {min(losses):.3f} and {max(losses):.3f}."
     loops = ("plain", "learner", "fastai", "lightning")
     usual = ["plain+loader", "learner+batches", "fastai+loader", "lightning+loader"]
     usual += ["learner+loader"] * bool(find(found, "learner+loader"))
     return "\n\n".join([
-        f"{title}, {found['precision']}", about, *[verdicts(found)] * quiet, "Fed alike:",
+        f"{title}, {heading(found['precision'])}", about, *[verdicts(found)] * quiet, "Fed alike:",
         lines(found, [f"{loop}+batches" for loop in loops], "plain+batches"), "Each with its usual loader:",
         lines(found, usual, "plain+loader"), agree])
 
@@ -147,22 +144,23 @@ def machine(record):
 def conditions(record, folder="bench"):
     """Date, load, versions, data and code of a record, as a paragraph."""
     load, commit = record["load"], record["commit"]
-    data = f"data: {record['data']}; " if "data" in record else ""
-    parts = [f"{record['started'][:10]}, {record['seconds'] / 60:.1f} minutes; {data}"
-             f"{record['machine']['cores']} cores, {record['machine']['memory_gb']} GB.",
-             f"Others kept {load['before']['busy_cores']} cores busy before and {load['after']['busy_cores']} after; "
-             f"load averages before: {', '.join(map(str, load['before']['averages']))}."]
+    data = f"data: {plain(record['data'])}; " if "data" in record else ""
+    busy = [plain(load[when]["busy_cores"]) for when in ("before", "after")]
+    parts = [f"{plain(record['started'][:10])}, {record['seconds'] / 60:.1f} minutes; {data}"
+             f"{plain(record['machine']['cores'])} cores, {plain(record['machine']['memory_gb'])} GB.",
+             f"Others kept {busy[0]} cores busy before and {busy[1]} after; "
+             f"load averages before: {', '.join(map(plain, load['before']['averages']))}."]
     if load["steal"]:
         parts.append(f"The machine's host gave {100 * load['steal']:.1f} % of the time to others.")
     if load["anyway"]:
         parts.append("**The machine was not quiet: these figures are not to be trusted.**")
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    parts.append(f"{versions}; commit `{commit[:10]}{'+' if commit.endswith('+') else ''}`. {link(record, folder=folder)}.")
+    versions = ", ".join(f"{plain(name)} {plain(version)}" for name, version in record["versions"].items())
+    parts.append(f"{versions}; commit {code(commit[:10] + '+' * commit.endswith('+'))}. {link(record, folder=folder)}.")
     return " ".join(parts)
 
 
 def link(record, text="Record", folder="bench"):
-    return f'<a href="../records/{folder}/{record["name"]}.json">{text}</a>'
+    return record_link(f"{folder}/{record['name']}.json", text)
 
 
 def steps_table(record, rule):
@@ -188,11 +186,11 @@ def steps_section(records):
     parts = [STEPS]
     for record in records:
         measured = [case for case in record["cases"] if not case["not_run"]]
-        missing = [f"{case['device']}: *not run*, {case['not_run']}." for case in record["cases"] if case["not_run"]]
-        n = f"n = {measured[0]['rounds']} rounds of {measured[0]['steps']} steps, float32"
-        parts += [f"### Steps on {machine(record)}", f"{n}. {conditions(record, 'steps')} {' '.join(missing)}".strip()]
+        missing = [f"{plain(case['device'])}: *not run*, {plain(case['not_run'])}." for case in record["cases"] if case["not_run"]]
+        n = f"n = {measured[0]['rounds']:,} rounds of {measured[0]['steps']:,} steps, float32"
+        parts += [f"### Steps on {heading(machine(record))}", f"{n}. {conditions(record, 'steps')} {' '.join(missing)}".strip()]
         for rule in dict.fromkeys(case["rule"] for case in measured):
-            parts += [f"{rule}:", steps_table(record, rule)]
+            parts += [f"{plain(rule)}:", steps_table(record, rule)]
     return parts
 
 
@@ -203,7 +201,7 @@ def decode_section(records):
               "times as fast as one", "processor ms a picture"]
     for record in records:
         measured = [case for case in record["cases"] if not case["not_run"]]
-        missing = [f"{case['pictures']}: *not run*, {case['not_run']}." for case in record["cases"] if case["not_run"]]
+        missing = [f"{plain(case['pictures'])}: *not run*, {plain(case['not_run'])}." for case in record["cases"] if case["not_run"]]
         rows = []
         for case in measured:
             first = case["contenders"][0]["workers"]
@@ -213,8 +211,8 @@ def decode_section(records):
                              f"{case['n']:,}", case["rounds"], workers, f"{decode.rate(case, workers):.0f}",
                              f"{decode.minutes(case, workers):.2f}", f"{middle:.2f} ({low:.2f}–{high:.2f})",
                              f"{decode.cpu_milliseconds(case, workers):.1f}"])
-        goals = [f"{case['pictures']}: {decode.verdict(case)}." for case in measured if decode.verdict(case)]
-        parts += [f"### Decoding on {machine(record)}",
+        goals = [f"{plain(case['pictures'])}: {decode.verdict(case)}." for case in measured if decode.verdict(case)]
+        parts += [f"### Decoding on {heading(machine(record))}",
                   f"{conditions(record, 'decode')} {' '.join(missing)}".strip(), table(header, rows), "\n".join(f"- {g}" for g in goals)]
     return parts
 
@@ -237,8 +235,8 @@ def epochs_section(records):
     header = ["model", "size", "runs at once", "s an epoch", "n", "tokens or pictures/s", "together", "peak, MB", "goal"]
     for record in records:
         cases = [case for case in record["cases"] if "model" in case]
-        missing = [f"{case['device']}: *not run*, {case['not_run']}." for case in record["cases"] if "model" not in case]
-        parts += [f"### Epochs on {machine(record)}", f"{conditions(record, 'epochs')} {' '.join(missing)}".strip(),
+        missing = [f"{plain(case['device'])}: *not run*, {plain(case['not_run'])}." for case in record["cases"] if "model" not in case]
+        parts += [f"### Epochs on {heading(machine(record))}", f"{conditions(record, 'epochs')} {' '.join(missing)}".strip(),
                   table(header, map(epochs_row, cases))]
     seen = {card for record in records for case in record["cases"] if not case["not_run"] and epochs.goal(case)
             for card in case["goals"] if card in case["device_name"].split()}
@@ -254,10 +252,10 @@ def page(records, of_steps=(), of_decode=(), of_epochs=()):
             older.append(record)
             continue
         shown.add(machine(record))
-        parts += [f"## {machine(record)}", conditions(record),
+        parts += [f"## {heading(machine(record))}", conditions(record),
                   *(section(found, not record["load"]["anyway"]) for found in record["sets"])]
     if older:
-        parts += ["## Earlier records", "\n".join(f"- {link(r, r['name'])}: {machine(r)}" for r in older)]
+        parts += ["## Earlier records", "\n".join(f"- {link(r, r['name'])}: {plain(machine(r))}" for r in older)]
     if not any(found["device"] == "cuda" for record in records for found in record["sets"]):
         parts.append("No benchmark of the loops has seen a GPU so far: *not run*.")
     parts = parts if records else [HEAD, EMPTY.strip()]

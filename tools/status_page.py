@@ -16,9 +16,10 @@ from pathlib import Path
 
 import drift  # tools/drift.py
 import nb     # tools/nb.py
+from markup import code, table  # tools/markup.py
 from nbutils.command import missing
 from nbutils.experiment import SIZES, TASKS, get_task
-from records_page import table
+from nbutils.records import Markdown, escape_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "book" / "records"
@@ -70,7 +71,7 @@ def title(path):
 
 def chapters(found):
     """A line for each notebook."""
-    rows = [[f"[{title(path)}](../nbs/{path.name})", stored(path), *compared(path, found)] for path in nb.notebooks()]
+    rows = [[Markdown(f"[{title(path)}](../nbs/{path.name})"), stored(path), *compared(path, found)] for path in nb.notebooks()]
     return table(["chapter", "last changed", "compared", "with", "drift"], rows)
 
 
@@ -82,7 +83,7 @@ def drift_summary(found):
     if not known:
         return "The copy that built this site has not run it: *unknown* means just that."
     text = f"{len(known)} of {len(entries)} chapters were compared as they stand"
-    return f"{text}, and {', '.join(drifted) + ' differ' if drifted else 'none differs'}."
+    return f"{text}, and {', '.join(map(escape_markdown, drifted)) + ' differ' if drifted else 'none differs'}."
 
 
 def environment():
@@ -95,7 +96,7 @@ def environment():
             rows.append([name, "not installed"])
     head = git("rev-parse", "--short=10", "HEAD")
     mine = git("rev-parse", "--show-toplevel") == str(ROOT)
-    rows.append(["commit", f"`{head}`" if head and mine else "unknown"])
+    rows.append(["commit", code(head) if head and mine else "unknown"])
     return table(["", "version"], rows)
 
 
