@@ -82,6 +82,17 @@ def test_report_and_exit_status(tmp_path, capsys):
     assert len(lines) == 3 and "404" in lines[0] and "404" in lines[1] and "answers" in lines[2]
 
 
+@pytest.mark.parametrize("said", [
+    "`</code>\n```\n# owned", "a | b | c", "@someone #1 ![x](https://e.example/x.png)", "<img src=x onerror=alert(1)>", "\x1b[31m\u202e\x00",
+    "::error::x", "x" * 10_000, " ", "\r\n| --- |"])
+def test_what_a_server_says_stays_in_its_cell(said):
+    """The report becomes an issue: what was answered is one span of code on one line, whatever it is."""
+    text = probe_addresses.report([("Words", "https://x.example", probe_addresses.Answer(None, said))])
+    (line,) = [line for line in text.splitlines() if "https://x.example" in line]
+    found = re.fullmatch(r"\| Words \| https://x\.example \| `([ -_a-{}~]{1,100})` \|", line)
+    assert found and text.count("`") == 2 and text.isascii() and len(text.splitlines()) == 5
+
+
 def addresses_in_the_package():
     """Strings of nbutils that are addresses of files, with {...} where a name is put in."""
     for path in sorted((ROOT / "nbutils").glob("*.py")):

@@ -53,6 +53,36 @@ def test_actions_are_pinned(path):
 
 
 @every
+def test_no_credentials_are_left_in_a_checkout(path):
+    """Whatever a build runs could read them there. The one job that pushes asks gh for them, which has them by its environment."""
+    for name, step in steps(path):
+        if step.get("uses", "").startswith("actions/checkout@"):
+            assert step["with"]["persist-credentials"] is False, f"{path.name}, job {name}"
+    for name, job in jobs(path):
+        text = "\n".join(step.get("run", "") for step in job["steps"])
+        if "git push" in text:
+            assert text.index("gh auth setup-git") < text.index("git push") and "GH_TOKEN" in job["env"]
+
+
+def test_what_servers_said_is_shown_as_code(tmp_path):
+    """The summary of the link check holds other people's texts: each line is code, and a shell ran none of it."""
+    (step,) = [step for _, step in steps(ROOT / ".github/workflows/links.yml") if "output.txt" in step.get("run", "")]
+    folder, summary = tmp_path / "_build/linkcheck", tmp_path / "summary.md"
+    folder.mkdir(parents=True)
+    said = ["book/a.md:1: [broken] https://x.example: ```</code><img src=//e.example> @someone $(touch pwned) `touch pwned`",
+            "book/a.md:2: [timeout] https://x.example: \x1b[31m\u202eevil\x00", "book/a.md:3: [working] https://x.example"]
+    (folder / "output.txt").write_text("\n".join(said) + "\n")
+    subprocess.run(["bash", "-e", "-c", step["run"]], cwd=tmp_path, env={"GITHUB_STEP_SUMMARY": str(summary), "PATH": "/usr/bin:/bin"}, check=True, timeout=60)
+    lines = summary.read_text("utf-8").splitlines()
+    assert len(lines) == 2 and all(line.startswith("    book/a.md") and line.isprintable() and line.isascii() for line in lines)
+    assert said[0] in lines[0] and not (tmp_path / "pwned").exists()
+    summary.unlink()
+    (folder / "output.txt").write_text("book/a.md:3: [working] https://x.example\n")
+    subprocess.run(["bash", "-e", "-c", step["run"]], cwd=tmp_path, env={"GITHUB_STEP_SUMMARY": str(summary), "PATH": "/usr/bin:/bin"}, check=True, timeout=60)
+    assert summary.read_text() == "No link is broken.\n"
+
+
+@every
 def test_what_is_run_exists(path):
     """Make targets, tools and scripts; and a shell can read each line."""
     for name, step in steps(path):
