@@ -80,6 +80,7 @@ FORMS = {
         0, 1000]},
     "decode": BENCHMARK | {"cases": cases(["pictures"])},
     "epochs": BENCHMARK | {"cases": cases(["device"])},
+    "loss": BENCHMARK | {"cases": cases(["device"])},
     "qrnn": BENCHMARK | {"cases": cases(["device"])},
     "samples": RUN | {
         "format": 1, "name": NAME, "started": TIME, "seconds": SECONDS, "config": RECORD["config"], "recipe": RECORD["recipe"],

@@ -42,7 +42,7 @@ import status_page  # noqa: E402
 import steps  # noqa: E402
 import survey  # noqa: E402
 
-TRUE = {kind: sorted((ROOT / "book/records" / kind).glob("*.json"))[0] for kind in forms.FORMS}
+TRUE = {kind: paths[0] for kind in forms.FORMS if (paths := sorted((ROOT / "book/records" / kind).glob("*.json")))}
 
 
 def is_quiet(text):
@@ -130,9 +130,9 @@ def at(*where, to):
 
 DEEP = json.loads("[" * 30 + "1" + "]" * 30)
 BENCHMARKS = {  # name: (kind, what is done to a record of it, what the answer names)
-    **{f"{kind}: started": (kind, at("started", to=SCRIPT), "started is ") for kind in forms.FORMS},
-    **{f"{kind}: a version": (kind, at("versions", "torch", to=PAYLOADS["title"]), "versions.torch is ") for kind in forms.FORMS},
-    **{f"{kind}: a field": (kind, at(SCRIPT, to=1), "the field <script>") for kind in forms.FORMS},
+    **{f"{kind}: started": (kind, at("started", to=SCRIPT), "started is ") for kind in TRUE},
+    **{f"{kind}: a version": (kind, at("versions", "torch", to=PAYLOADS["title"]), "versions.torch is ") for kind in TRUE},
+    **{f"{kind}: a field": (kind, at(SCRIPT, to=1), "the field <script>") for kind in TRUE},
     "the processor": ("bench", at("machine", "cpu", to=SCRIPT), "machine.cpu"),
     "the card": ("steps", at("machine", "gpu", to=PAYLOADS["img"]), "machine.gpu"),
     "the cores": ("bench", at("machine", "cores", to=SCRIPT), "machine.cores"),
@@ -198,7 +198,8 @@ def test_hostile_benchmark(name, tmp_path):
 
 
 def test_every_record_has_its_form(tmp_path):
-    for kind in forms.FORMS:
+    assert len(TRUE) >= 10
+    for kind in TRUE:
         for path in (ROOT / "book/records" / kind).glob("*.json"):
             assert not list(forms.problems(path))
             assert forms.read(path) == json.loads(path.read_text("utf-8"))
@@ -239,7 +240,7 @@ READERS = {  # kind: everything that shows its records, each as a function of th
 def test_nothing_that_was_not_checked_is_shown(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(readme_tables, "RECORDS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["page", "--records", str(tmp_path / "bench"), "--page", str(tmp_path / "page.md")])
-    for other in forms.FORMS:
+    for other in TRUE:
         planted(other, lambda record: None, tmp_path)
     write(tmp_path, sound())
 
